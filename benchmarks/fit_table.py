@@ -1,4 +1,4 @@
-"""What fits where: models on 1, 2, 4 and 8 GPUs of 80 and 141 GB, as `lora plan` plans them.
+"""What fits where: models on one to eight GPUs of 24 to 141 GB, as `lora plan` plans them.
 
     python benchmarks/fit_table.py                       # plans all, prints the tables
     python benchmarks/fit_table.py --write               # and writes them into docs/scale.md
@@ -6,7 +6,7 @@
     python benchmarks/fit_table.py --peaks --write       # plans beside what gpu_many.py measured
 
 One packed sequence of 4,096 tokens on each GPU, `--memory auto`, `--parallel auto`; LoRA of rank 16
-on all linears over a bf16 or an fp8 base, and full fine-tuning. No GPU is needed, and no weights:
+on all linears over a base in bf16, fp8 or nf4, and full fine-tuning. No GPU is needed, no weights:
 the shapes are those of the config.json of meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-32B and
 meta-llama/Llama-3.1-70B. `planned_gb` is of one GPU, in GB (10⁹ bytes).
 """
@@ -51,11 +51,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama-3.1-70B": {**LLAMA, "hidden_size": 8192, "intermediate_size": 28672,
                       "num_hidden_layers": 80, "num_attention_heads": 64},
 }  # fmt: skip
-METHODS = {"LoRA, bf16": (True, False), "LoRA, fp8": (True, True), "full": (False, False)}
-"""Whether LoRA, and whether over an fp8 base."""
-FREE_BYTES = {80: round(84.4e9), 141: round(149.6e9)}
-"""Of a GPU with nothing on it, by the size in its name in GB: an H100 and an H200, measured."""
-DEVICES = (1, 2, 4, 8)
+METHODS: dict[str, BaseWeights | None] = {
+    "LoRA, bf16": BaseWeights(),
+    "LoRA, fp8": BaseWeights("fp8"),
+    "LoRA, nf4": BaseWeights("nf4"),
+    "full": None,
+}
+"""How the base of LoRA is stored; None: full fine-tuning."""
+FREE_BYTES = {24: round(25.2e9), 48: round(50.4e9), 80: round(84.4e9), 141: round(149.6e9)}
+"""Of a GPU with nothing on it, by the size in its name in GB: an H100 and an H200, measured; of the
+others what is left of their memory (GiB) after the 2 % that an H100 has not free."""
+DEVICES = {24: (1,), 48: (1,), 80: (1, 2, 4, 8), 141: (1, 2, 4, 8)}
+"""By the size of the GPUs."""
 TOKENS, RANK = 4096, 16
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
 FITS, PEAKS = "benchmarks/fit_table.py", "benchmarks/fit_table.py --peaks"
@@ -83,19 +90,19 @@ class Row:
 
 def plan_rows(model: str, method: str) -> Iterator[Row]:
     """Yield the rows of one model and method."""
-    has_lora, fp8 = METHODS[method]
+    base = METHODS[method]
     inputs = PlanInputs(
         decoder_config(MODELS[model]),
-        LoRAConfig(rank=RANK) if has_lora else None,
+        None if base is None else LoRAConfig(rank=RANK),
         1,
         TOKENS,
         "cuda",
         torch.bfloat16,
-        base=BaseWeights("fp8" if fp8 else "auto"),
+        base=base or BaseWeights(),
     )
     ddp, sharded = MemoryPlanner(inputs), dict[int, MemoryPlanner]()
     for gpu_gb, free in FREE_BYTES.items():
-        for devices in DEVICES:
+        for devices in DEVICES[gpu_gb]:
             chosen = plan_within(ddp.on_devices(devices), MemoryConfig(), free)
             if devices > 1 and chosen.recomputes != STORED:
                 if devices not in sharded:
@@ -131,15 +138,17 @@ def _row(model: str, method: str, gpu_gb: int, chosen: ParallelPlan) -> Row:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Return the rows as Markdown: a table for each size of GPU."""
+    """Return the rows as Markdown: one table for single small GPUs, one for each larger size."""
     by_cell = {(r.model, r.method, r.gpu_gb, r.devices): r for r in rows}
+    single = [(gb, 1) for gb in FREE_BYTES if DEVICES[gb] == (1,)]
+    several = [[(gb, n) for n in DEVICES[gb]] for gb in FREE_BYTES if DEVICES[gb] != (1,)]
     texts = []
-    for gpu_gb in FREE_BYTES:
-        heads = [f"{n} × {gpu_gb} GB" for n in DEVICES]
+    for columns in (single, *several):
+        heads = [f"{n} × {gpu_gb} GB" for gpu_gb, n in columns]
         lines = [f"| | | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
         for model in MODELS:
             for method in METHODS:
-                cells = [_cell(by_cell[model, method, gpu_gb, n]) for n in DEVICES]
+                cells = [_cell(by_cell[model, method, *column]) for column in columns]
                 lines.append(f"| {model} | {method} | {' | '.join(cells)} |")
         texts.append("\n".join(lines))
     return "\n\n".join(texts)

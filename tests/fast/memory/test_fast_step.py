@@ -12,27 +12,37 @@ import torch
 from lora.adapters.apply import apply_lora
 from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
 from lora.kernels.step.ops import PLAIN
-from lora.layers.quantised_model import use_quantised_linears
+from lora.pretrained.load.models import quantise_empty_model
 from tests.fast.conftest import CAPPED
 from tests.tiny_llama import llama_config
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 ROOM_GB = 142.1
 """What `auto` may plan for on an H200 with nothing else on it."""
+BASES = {
+    "": BaseWeights(),
+    "fp8": BaseWeights("fp8"),
+    "int8": BaseWeights("int8"),
+    "nf4": BaseWeights("nf4"),
+    "nf4_embeddings": BaseWeights("nf4", nf4_embeddings=True),
+}
 SHAPES = {  # hidden, layers, heads, shared, feed-forward, vocabulary, rows, tokens
     "135M-4x512": (576, 30, 9, 3, 1536, 49152, 4, 512),
     "1B-1x512": (2048, 16, 32, 8, 8192, 128256, 1, 512),
     "1B-4x2048": (2048, 16, 32, 8, 8192, 128256, 4, 2048),
+    "8B-1x2048": (4096, 32, 32, 8, 14336, 128256, 1, 2048),
+    "70B-1x2048": (8192, 80, 64, 8, 28672, 128256, 1, 2048),
     "8B-4x2048": (4096, 32, 32, 8, 14336, 128256, 4, 2048),
     "8B-1x32768": (4096, 32, 32, 8, 14336, 128256, 1, 32768),
     "8B-1x131072": (4096, 32, 32, 8, 14336, 128256, 1, 131072),
 }
 
 
-def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
+def build(case: str, *, full: bool, base: str = "") -> Decoder:
     hidden, layers, heads, shared, wide, vocabulary, _, _ = SHAPES[case]
     config = llama_config(
         vocab_size=vocabulary,
@@ -47,8 +57,7 @@ def build(case: str, *, full: bool, fp8: bool = False) -> Decoder:
     if full:
         return model.requires_grad_(True)
     model.bfloat16()
-    if fp8:
-        use_quantised_linears(model, BaseWeights("fp8"))
+    quantise_empty_model(model, BASES[base])
     return apply_lora(model, LoRAConfig(rank=16, alpha=32.0))  # type: ignore[return-value]
 
 
@@ -86,7 +95,7 @@ def modes_measured() -> list[tuple[str, str, float]]:
 def test_plans_of_modes_are_near_the_peaks_measured_on_an_h200(
     case: str, variant: str, peak_gb: float
 ) -> None:
-    model = build(case, full=False, fp8="fp8" in variant)
+    model = build(case, full=False, base="fp8" if "fp8" in variant else "")
     is_packed = variant.endswith("packed")
     plan = FastPlan(model, *SHAPES[case][-2:], packed=is_packed)
     kind = variant.removeprefix("ours_lora").removeprefix("_fp8").removeprefix("_")
@@ -101,11 +110,37 @@ def test_an_fp8_base_is_near_the_peak_measured_on_an_h100() -> None:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     (peak_gb,) = (r["peak_gb"] for r in lines if r["variant"] == "ours_lora_fp8_one_copy")
     planned = {}
-    for fp8 in (True, False):
-        model = build("8B-4x2048", full=False, fp8=fp8)
-        planned[fp8] = fast_memory(model, 4, 2048, packed=False).total / 1e9
-    assert planned[True] == pytest.approx(peak_gb, rel=0.06)
-    assert planned[False] > 1.1 * planned[True]
+    for base in ("fp8", ""):
+        model = build("8B-4x2048", full=False, base=base)
+        planned[base] = fast_memory(model, 4, 2048, packed=False).total / 1e9
+    assert planned["fp8"] == pytest.approx(peak_gb, rel=0.06)
+    assert planned[""] > 1.1 * planned["fp8"]
+
+
+def quantised_measured() -> list[tuple[str, str, str, float]]:
+    lines = [
+        json.loads(line)
+        for name in ("gpu_nf4_h200.jsonl", "gpu_nf4_first_h200.jsonl")
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    ]
+    found = []
+    for row in lines:
+        kind = row["variant"].removeprefix("ours_lora").removeprefix("_")
+        base = max((name for name in BASES if kind.startswith(name)), key=len)
+        mode = kind.removeprefix(base).removeprefix("_") or "none"
+        if row["variant"].startswith("ours_lora"):
+            found.append((row["case"], base, mode, row["peak_gb"]))
+    assert len(found) >= 12
+    return found
+
+
+@pytest.mark.parametrize(("case", "base", "mode", "peak_gb"), quantised_measured())
+def test_plans_over_quantised_bases_are_near_the_peaks_measured_on_an_h200(
+    case: str, base: str, mode: str, peak_gb: float
+) -> None:
+    model = build(case, full=False, base=base)
+    plan = FastPlan(model, *SHAPES[case][-2:], packed=False)
+    assert plan.memory(MODES[mode]).total / 1e9 == pytest.approx(peak_gb, rel=0.01)
 
 
 def test_normed_heads_add_one_scratch_for_all_blocks(tiny_decoder: Callable[..., Decoder]) -> None:
