@@ -45,12 +45,10 @@ from lora.pretrained.load.models import (
 )
 from lora.pretrained.load.task import check_native_only
 
-CPU_SLACK = 0.3
+CPU_SLACK = {"auto": 0.3, "nf4": 0.15, "fp8": 0.75, "int8": 0.75}
 """Of activations and loss: what a CPU's allocator holds besides, fragments too small for the next
-allocation (measured in docs/memory.md)."""
-CPU_QUANTISED_SLACK = 0.75
-"""The same over a quantised base, whose linears allocate more that is soon freed between what is
-saved."""
+allocation, by the base's dtype (measured in docs/memory.md). Linears over fp8 and int8 free more
+between what is saved."""
 NCCL_BYTES = 1_000_000_000
 """What several processes leave free on each GPU: NCCL's buffers, outside of torch's allocator. On
 two H200 0.8 GB were measured (`device_gb` in benchmarks/results/gpu_many_2_h200.jsonl)."""
@@ -363,5 +361,4 @@ def _base_dtype(inputs: PlanInputs) -> torch.dtype:
 def _slack(inputs: PlanInputs, traced: StepMemory) -> int:
     if inputs.device_type == "cuda":  # its peak counts live tensors, not what is cached or split
         return 0
-    slack = CPU_QUANTISED_SLACK if inputs.base.is_quantised else CPU_SLACK
-    return round(slack * (traced.activations + traced.loss))
+    return round(CPU_SLACK[inputs.base.base_dtype] * (traced.activations + traced.loss))
