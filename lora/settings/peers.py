@@ -31,7 +31,8 @@ class PeerSetting:
     `values`."""
     gives_way: str = ""
     """Of an alias: the value of ours that another name of the same setting overrides, as
-    load_in_8bit: false beside load_in_4bit: true."""
+    load_in_8bit: false beside load_in_4bit: true, or bnb_4bit_quant_type: nf4 beside
+    load_in_4bit: false."""
     because: str = ""
     """Why it is not taken."""
     instead: Callable[[str, Settings], Settings] = lambda value, others: {}
@@ -186,7 +187,9 @@ _QUANTISED: dict[str, PeerSetting] = {
         "base_dtype", {"true": "int8", "false": "auto"}, note=NO_OUTLIERS, gives_way="auto"
     ),
     "load_in_fp8": PeerSetting("base_dtype", {"true": "fp8", "false": "auto"}, gives_way="auto"),
-    "load_in_16bit": PeerSetting("base_dtype", {"true": "auto"}, gives_way="auto"),
+    "load_in_16bit": PeerSetting(
+        "base_dtype", {"true": "auto", "false": "auto"}, gives_way="auto"
+    ),
     "quantization_bit": PeerSetting(
         "base_dtype",
         {"4": "nf4", "8": "int8", "none": "auto", "null": "auto"},
@@ -194,7 +197,7 @@ _QUANTISED: dict[str, PeerSetting] = {
     ),
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "quantization_type"),
-        PeerSetting("base_dtype", {"nf4": "nf4"}, refused={"fp4": NO_FP4}),
+        PeerSetting("base_dtype", {"nf4": "nf4"}, refused={"fp4": NO_FP4}, gives_way="nf4"),
     ),
     **dict.fromkeys(
         (

@@ -153,18 +153,20 @@ def _overridden(given: Settings, known: Collection[str]) -> set[str]:
             ours.setdefault(str(name if peer is None else peer.ours), []).append(
                 (name, value, peer)
             )
-    return {
-        name
-        for same in ours.values()
-        for number, (name, value, peer) in enumerate(same)
-        if peer is not None
-        and any(
-            (text == value and (other is None or earlier < number))
-            or (text != value and value == peer.gives_way)
-            for earlier, (_, text, other) in enumerate(same)
-            if earlier != number
+    overridden: set[str] = set()
+    for same in ours.values():
+        if len({value for _, value, _ in same}) > 1:
+            weak = [n for n, value, peer in same if peer is not None and value == peer.gives_way]
+            overridden.update(weak)
+        left = [each for each in same if each[0] not in overridden]
+        left.sort(key=lambda each: each[2] is not None)  # our own name before its aliases
+        seen = [value for _, value, _ in left]
+        overridden.update(
+            name
+            for number, (name, value, peer) in enumerate(left)
+            if peer is not None and value in seen[:number]
         )
-    }
+    return overridden
 
 
 def _has_note(peer: PeerSetting, text: str) -> bool:
