@@ -62,7 +62,7 @@ def load_model(
         implementation: native, transformers for any causal language model, or auto: what the
             adapter's run recorded, else native if it can.
         base_dtype: auto, the values of the base that the adapter was trained over (of nf4 or fp8
-            unpacked, where memory has room); nf4 or fp8: packed; original: not quantised.
+            unpacked, where memory has room); nf4, int8 or fp8: packed; original: not quantised.
 
     Raises ModelError for a model that cannot be loaded, AdapterError for an adapter that does not
     belong to it, DataError for a damaged tokenizer.

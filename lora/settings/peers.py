@@ -187,9 +187,7 @@ _QUANTISED: dict[str, PeerSetting] = {
         "base_dtype", {"true": "int8", "false": "auto"}, note=NO_OUTLIERS, gives_way="auto"
     ),
     "load_in_fp8": PeerSetting("base_dtype", {"true": "fp8", "false": "auto"}, gives_way="auto"),
-    "load_in_16bit": PeerSetting(
-        "base_dtype", {"true": "auto", "false": "auto"}, gives_way="auto"
-    ),
+    "load_in_16bit": PeerSetting("base_dtype", {"true": "auto", "false": "auto"}, gives_way="auto"),
     "quantization_bit": PeerSetting(
         "base_dtype",
         {"4": "nf4", "8": "int8", "none": "auto", "null": "auto"},

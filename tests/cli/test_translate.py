@@ -98,7 +98,8 @@ def test_names_of_quantisation_are_one_setting(words: str, expected: str) -> Non
             file[list(file)[-1]] = word
     if "orders" not in words and file:
         found = translate_settings("f.yaml", file, known)
-        assert [f"--{k}={v}" for k, v in found.items()] == [expected.replace(" ", "=")][: bool(expected)]
+        wanted = [expected.replace(" ", "=")] if expected else []
+        assert [f"--{k}={v}" for k, v in found.items()] == wanted
 
 
 def test_two_ways_to_quantise_are_refused() -> None:

@@ -78,8 +78,8 @@ AnswerBase = Annotated[
     AnswerDtype,
     Parameter(
         group=DEVICE,
-        help="Base's linears: auto (as trained over, unpacked if they fit); nf4, fp8: packed; "
-        "original: unquantised.",
+        help="Base's linears: auto (as trained over, unpacked if they fit); nf4, int8, fp8: "
+        "packed; original: plain.",
     ),
 ]
 MergedBase = Annotated[
