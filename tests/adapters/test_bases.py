@@ -182,6 +182,16 @@ def test_without_the_values_from_before_the_change_is_not_measured(
     assert "is not measured" in said
 
 
+@pytest.mark.parametrize("name", ["small", "tables"])
+def test_the_way_back_names_settings_that_are_not_the_usual_ones(
+    adapters: Callable[[str], Path], folder: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    trained = quantisation_of(load_decoder(folder, base={"small": SMALL, "tables": TABLES}[name]))
+    for base in (BaseWeights(), INT8):
+        said = warnings(load_decoder(folder, base=base), adapters(name), caplog)
+        assert f"Load the base in {trained} to have" in said
+
+
 def test_an_adapter_of_a_4_bit_folder_finds_the_base_that_it_was_made_from(
     adapters: Callable[[str], Path], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,7 +199,9 @@ def test_an_adapter_of_a_4_bit_folder_finds_the_base_that_it_was_made_from(
     assert "lora_lm_base_fingerprint" not in read_metadata(saved)
     assert warnings(in_4bit(load_decoder(folder, base=NF4)), saved, caplog) == ""
     assert warnings(load_decoder(folder, base=NF4), saved, caplog) == ""
-    assert "was trained over a base in nf4" in warnings(load_decoder(folder), saved, caplog)
+    said = warnings(load_decoder(folder), saved, caplog)
+    assert "was trained over a base in nf4" in said
+    assert "Load the base with base_dtype='nf4' to" in said
     with pytest.raises(AdapterError, match=r"blocks of 64.*this base is in nf4 \(blocks of 32"):
         load_adapter(load_decoder(folder, base=SMALL), saved)
 

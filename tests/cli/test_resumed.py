@@ -62,6 +62,19 @@ def test_a_finetune_has_all_settings_that_it_had(tmp_path: Path, given: dict[str
     assert "steps" not in settings_to_resume("finetune", {**given, "steps": "9"})[0]
 
 
+def test_settings_of_nf4_are_not_held_against_another_base_dtype(
+    tmp_path: Path, given: dict[str, str]
+) -> None:
+    base = BaseWeights("nf4", nf4_block=128)
+    write(tmp_path, "finetune", base_dtype="nf4", nf4=base.nf4_settings,
+          lora=asdict(LORA), train=asdict(TRAIN))  # fmt: skip
+    assert settings_to_resume("finetune", given)[0]["nf4-block"] == "128"
+    again = settings_to_resume("finetune", {**given, "base_dtype": "nf4"})[0]
+    assert again["nf4-block"] == "128"
+    other = settings_to_resume("finetune", {**given, "base_dtype": "int8"})[0]
+    assert not [name for name in other if name.startswith("nf4")]
+
+
 def test_a_resume_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("finetune", "sweep", "compare"):
         assert cli.main([command, "--resume"]) == 2

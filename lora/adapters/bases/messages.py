@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lora.adapters.bases.linears import (
     table_names,
 )
 from lora.adapters.bases.quantisation import quantisation_of
+from lora.config import BaseWeights
 from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.decoder.quantised.record import BaseQuantisation
 
@@ -37,13 +39,24 @@ def describe_change(model: nn.Module, trained: BaseQuantisation | None) -> str:
         else f"its logits differ by {change:.1e} from those over that base (‖difference‖ / "
         "‖reference‖, of random tokens)"
     )
-    way = "without base_dtype" if trained is None else f"with base_dtype={trained.dtype!r}"
-    if trained is not None and here is not None and here.dtype == trained.dtype:
-        way = f"in {trained}"
     return (
-        f"was trained over {over}, and this one is {now}: {far}. Load the base {way} to have the "
-        "values that it was trained over"
+        f"was trained over {over}, and this one is {now}: {far}. Load the base "
+        f"{_way_back(trained, here)} to have the values that it was trained over"
     )
+
+
+def _way_back(trained: BaseQuantisation | None, here: BaseQuantisation | None) -> str:
+    """Return how the base of training is loaded; base_dtype alone gives it with its defaults."""
+    if trained is None:
+        return "without base_dtype"
+    usual = BaseQuantisation(trained.dtype)
+    if trained.dtype == "nf4":
+        usual = replace(
+            usual, block=BaseWeights.nf4_block, double_quant=BaseWeights.nf4_double_quant
+        )
+    if trained.has_values_of(usual) and (here is None or here.dtype != trained.dtype):
+        return f"with base_dtype={trained.dtype!r}"
+    return f"in {trained}"
 
 
 def measured_change(

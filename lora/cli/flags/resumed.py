@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.config import FULL_LEARNING_RATE, RunConfig
+from lora.config import FULL_LEARNING_RATE, BaseWeights, RunConfig
 from lora.distributed.ranks import spans_machines
 from lora.errors import CheckpointError, ConfigError
 from lora.report.records.command import (
@@ -26,6 +26,8 @@ FULL = "full"
 _OFF = ("false", "no", "off", "0")
 _LENGTHS = {"steps", "epochs"}
 """Either says how long a run is: what is given replaces what was recorded."""
+_NF4 = BaseWeights().nf4_settings.keys()
+"""What does not apply to another dtype: the run refuses that one, not settings nobody gave."""
 
 
 def settings_to_resume(command: str, given: Mapping[str, str]) -> tuple[dict[str, Any], str]:
@@ -73,6 +75,8 @@ def _settings_here(command: str, given: Mapping[str, str]) -> tuple[dict[str, An
         )
     found = _recorded(command, record, path.parent) or {}
     replaced = {"name", "out"} | (_LENGTHS if _LENGTHS & given.keys() else set())
+    if given.get("base_dtype", "nf4") != "nf4":
+        replaced |= _NF4
     return {
         key.replace("_", "-"): _as_text(value)
         for key, value in found.items()

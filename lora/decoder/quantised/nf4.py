@@ -173,5 +173,5 @@ def check_even(linear: nn.Linear, name: str) -> None:
     if linear.in_features % 2:
         raise ModelError(
             f"Cannot store {name} in nf4: it has {linear.in_features} inputs, and two codes share "
-            "a byte. Allowed: an even number. Use base_dtype fp8, or leave it out."
+            "a byte. Allowed: an even number. Use base_dtype int8 or fp8, or leave it out."
         )

@@ -28,7 +28,7 @@ class FolderIn4Bit:
 
     def describe(self) -> str:
         """Return one line for the user."""
-        scales = "double quantization" if self.base.nf4_double_quant else "fp32 scales"
+        scales = "double quantisation" if self.base.nf4_double_quant else "fp32 scales"
         return (
             f"base: already in nf4 (bitsandbytes, blocks of {self.base.nf4_block}, {scales}): "
             f"{len(self.packed)} weights are read as they are stored"
