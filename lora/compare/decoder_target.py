@@ -23,15 +23,15 @@ class DecoderTarget(DecoderJob):
     """A `DecoderJob` as a `ComparisonTarget`; torch is imported when the first method is called."""
 
     def check(self, methods: tuple[Method, ...], train: TrainConfig) -> None:
-        """Raise ConfigError for a base that cannot be, and for a PEFT member that cannot train.
+        """Raise ConfigError for a base that cannot be stored as asked, or that PEFT cannot train.
 
-        DependencyError where a package of the latter is missing.
+        DependencyError if PEFT's member needs a package that is not installed.
         """
         from lora.pretrained.load.task import settled_base
         from lora.pretrained.sources import find_model
 
-        base, folder = self.base_weights, find_model(self.model).folder
-        settled_base(folder, base, is_full="full" in methods)
+        folder = find_model(self.model).folder
+        base = settled_base(folder, self.base_weights, is_full="full" in methods)
         if "peft" in methods and is_one_of_several():
             raise ConfigError(
                 f"Cannot compare with PEFT in {world_size()} processes: its member trains in one, "

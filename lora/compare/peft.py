@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from lora.device import DeviceChoice, choose_device
 from lora.errors import ConfigError, DependencyError
 from lora.finetune.load_data import load_data
 from lora.finetune.loop_inputs import data_inputs
+from lora.pretrained.load.task import settled_base
+from lora.pretrained.quantised.folder import find_4bit
 from lora.pretrained.sources import find_model
 from lora.runs.directory import Run, create_run
 from lora.runs.progress import Progress
@@ -81,8 +83,10 @@ def train_peft(job: DecoderJob, task: MemberTask, progress: Progress) -> Trainin
     """Train PEFT's adapter in `task.folder`."""
     choice = choose_device(task.run.device, task.train.precision)
     source = find_model(job.model)
+    base = settled_base(source.folder, job.base_weights)
+    job = replace(job, **vars(base))  # a folder may be in 4 bits already
     data, _ = load_data(job.finetune_job(task), source.folder, progress)
-    model = build_peft(source.folder, job.lora, task.train.seed, choice, job.base_weights)
+    model = build_peft(source.folder, job.lora, task.train.seed, choice, base)
     record = _describe(job, task, data, choice, source.name)
     with create_run(task.run.out, task.name, resume=task.resume, record=record) as run:
         result = train(_training_job(model, data, task, run, choice, progress))
@@ -120,6 +124,7 @@ def build_peft(
     more: dict[str, Any] = {}
     if stored.is_quantised:
         more["device_map"] = {"": choice.device}
+    if stored.is_quantised and find_4bit(folder) is None:  # else config.json says how it is
         more["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -131,7 +136,7 @@ def build_peft(
     )
     base.to(choice.device)
     if stored.is_quantised:
-        _keep_layout(base)
+        _settle_linears(base, choice.compute_dtype)
     base.config.use_cache = False
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     described: dict[str, Any] = {
@@ -151,13 +156,14 @@ def build_peft(
     return peft.get_peft_model(base, peft.LoraConfig(**described))
 
 
-def _keep_layout(base: nn.Module) -> None:
-    """Changes the bitsandbytes linears of `base` in place: evaluation leaves their codes as they
-    are."""
+def _settle_linears(base: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Changes the bitsandbytes linears of `base` in place: they compute in `compute_dtype`, and
+    evaluation leaves their codes as they are."""
     from bitsandbytes.nn import Linear4bit
 
     for module in base.modules():
         if isinstance(module, Linear4bit):
+            module.compute_dtype = compute_dtype  # a folder in 4 bits may name another one
             # On CPUs with bf16 instructions it would lay the codes out differently in the first
             # evaluation, and read them wrongly in the training steps that follow (0.50).
             module.support_avx512bf16_for_cpu = False

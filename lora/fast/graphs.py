@@ -112,7 +112,7 @@ class Graphs:
             # CUDA refuses whatever synchronises inside a capture, torch what copies from memory
             # that is not pinned. The step is called from now on: another fault will show there.
             self.clear()
-            self.why_not = str(error).splitlines()[0]
+            self.why_not = (str(error) or type(error).__name__).splitlines()[0]
             log.warning(
                 "The step runs without a CUDA graph, which is slower: the model's code cannot be "
                 "captured. %s",

@@ -77,6 +77,7 @@ def plan_stack_memory(
     fast: bool = True,
     processes_here: int = 1,
     base: BaseWeights | None = None,
+    quantised_weights: frozenset[str] | None = None,
 ) -> StackMemory:
     """Return the memory of a stack of these candidates, planned for the one with the largest rank.
 
@@ -91,6 +92,7 @@ def plan_stack_memory(
         fast: whether the fast stacked step may be taken.
         processes_here: which share the memory of this machine's CPU.
         base: how the model's frozen linears are stored; None: in the compute dtype.
+        quantised_weights: names of those that are stored so; None: all of the blocks' linears.
     """
     largest = max(candidates, key=lambda c: c.lora.rank)
     setting = PlanInputs(
@@ -104,6 +106,7 @@ def plan_stack_memory(
         learned_fraction=learned_fraction,
         fast=False,
         base=base or BaseWeights(),
+        quantised_weights=quantised_weights,
     )
     # Asked in any case: what no step can stack is refused here, before anything is written.
     why_not = _why_not_fast(setting, candidates, choice)
@@ -123,7 +126,7 @@ def _why_not_fast(
     setting: PlanInputs, candidates: Sequence[Candidate], choice: DeviceChoice
 ) -> str | None:
     empty = empty_language_model(setting.config)
-    quantise_empty_model(empty, setting.base)
+    quantise_empty_model(empty, setting.base, setting.quantised_weights)
     stacked = apply_stacked(empty, [c.lora for c in candidates], [0] * len(candidates))
     return why_not_stacked(empty, stacked, choice)
 
@@ -155,6 +158,7 @@ def fast_stack_bytes(setting: PlanInputs, n_adapters: int) -> int:
         tokens,
         packed=setting.packed,
         base=setting.base,
+        quantised_weights=setting.quantised_weights,
     )
     stacked = replace(setting, micro_batch_size=n_adapters * batch_size)
     return step.total + evaluation_bytes(stacked)

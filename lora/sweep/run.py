@@ -45,6 +45,7 @@ from lora.pretrained.load.models import load_language_model, model_config
 from lora.pretrained.load.task import (
     check_base,
     check_native_only,
+    planned_base,
     settled_base,
     settled_task,
 )
@@ -166,8 +167,9 @@ def _sweep(
         )
     model.requires_grad_(False)
     saved = read_saved_record(job, candidates)
+    _, only = planned_base(source.folder, base)
     at_once, memory_plan = choose_stack_size(
-        job, model, candidates, data, choice, progress, saved, world
+        job, model, candidates, data, choice, progress, saved, world, only
     )
     described = replace(
         describe_job(job, source, data, choice, at_once, world),

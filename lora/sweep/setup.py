@@ -83,6 +83,7 @@ def choose_stack_size(
     progress: SweepProgress,
     saved: SweepRecord | None,
     world: World = ALONE,
+    quantised_weights: frozenset[str] | None = None,
 ) -> tuple[int, str]:
     """Return how many candidates train together in each process, and the memory plan in words.
 
@@ -101,6 +102,7 @@ def choose_stack_size(
         fast=takes_fast(job),
         processes_here=world.local_size,
         base=job.base_weights,
+        quantised_weights=quantised_weights,
     )
     each = math.ceil(len(candidates) / world.size)  # of the largest part
     counts = [n for n in world.gather(memory.n_fit, "the memory of all") if n is not None]

@@ -210,6 +210,28 @@ def test_full_fine_tuning_and_peft_s_qlora_beside_lora_over_nf4(
         compare(other, replace(config, resume=True))
 
 
+@PEFTS_OWN
+def test_peft_trains_over_the_values_of_a_folder_in_4_bits(
+    wide_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    write_4bit(wide_folder, tmp_path / "four")
+    own = replace(target(tmp_path / "four"), base_dtype="auto")
+    config = CompareConfig(
+        train=replace(TRAIN, steps=1),
+        run=RunConfig(out=tmp_path, name="run", eval_every_steps=1, samples=0),
+        methods=("lora", "peft"),
+        isolated=False,
+    )
+    done = compare(own, config)
+    assert [member.base_dtype for member in done.comparison.members] == ["nf4", "nf4"]
+    first = [
+        next(row.eval_loss for row in read_metrics(done.folder / member.folder) if row.eval_loss)
+        for member in done.comparison.members
+    ]
+    assert first[1] == pytest.approx(first[0], rel=2e-6)  # bf16 of its config.json is not taken
+
+
 @pytest.mark.parametrize(
     ("base", "seen"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +46,12 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], capacit
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
 
-    def find(
-        why_not: str | None, *, fast: bool = True, base: BaseWeights | None = None
-    ) -> capacity.StackMemory:
+    def find(why_not: str | None, *, fast: bool = True, **stored: Any) -> capacity.StackMemory:
         monkeypatch.setattr(capacity, "_why_not_fast", lambda *_: why_not)
         model: Decoder = build_decoder(TINY, 0)
         return plan_stack_memory(
             model, CANDIDATES, ROWS, TOKENS,
-            packed=False, learned_fraction=1.0, choice=CHOICE, fast=fast, base=base,
+            packed=False, learned_fraction=1.0, choice=CHOICE, fast=fast, **stored,
         )  # fmt: skip
 
     return find
@@ -90,6 +89,19 @@ def test_a_base_in_nf4_is_planned_as_it_is_stored(
     else:
         # Unpacked for a moment, and nothing of its values is saved for the backward pass.
         assert memory.each_bytes == pytest.approx(memory_of("x").each_bytes, rel=0.1)
+
+
+def test_weights_that_a_folder_in_4_bits_leaves_plain_are_planned_so(
+    memory_of: Callable[..., capacity.StackMemory],
+) -> None:
+    nf4, model = BaseWeights("nf4"), build_decoder(TINY, 0)
+    packed = {n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
+    some = {name for name in packed if "q_proj" in name}
+    held = [
+        memory_of(None, base=nf4, quantised_weights=only).shared_bytes
+        for only in (None, frozenset(packed), frozenset(some))
+    ]
+    assert held[0] == held[1] < held[2]
 
 
 def test_the_plain_step_is_planned_where_the_fast_one_is_not_taken(

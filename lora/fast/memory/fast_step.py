@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,11 +158,12 @@ def stacked_memory(
     *,
     packed: bool,
     base: BaseWeights | None = None,
+    quantised_weights: Collection[str] | None = None,
 ) -> FastMemory:
     """Return what a stacked step holds: `batch_size` × `tokens` tokens for each of `loras`."""
     model = build_empty_decoder(config).bfloat16()
     if base is not None:
-        use_quantised_linears(model, base)
+        use_quantised_linears(model, base, quantised_weights)
     stacked = apply_stacked(model, loras, range(len(loras)))
     none = [0.0] * len(loras)
     step = StackedFastStep(

@@ -342,7 +342,8 @@ def _describe_model(inputs: PlanInputs, *, recomputes: bool) -> str:
     kind = inputs.config
     about = repr(kind) if isinstance(kind, DecoderConfig) else f"{kind.source} {kind.logit_scale}"
     trained = f"{inputs.lora} {inputs.embedding_rows}"
-    return f"{about} {trained} {inputs.base} {inputs.parallel} {recomputes}"
+    packed = "all" if inputs.quantised_weights is None else sorted(inputs.quantised_weights)
+    return f"{about} {trained} {inputs.base} {packed} {inputs.parallel} {recomputes}"
 
 
 def _frozen_bytes(inputs: PlanInputs, model: LanguageModel, counts: ParameterCounts) -> int:
