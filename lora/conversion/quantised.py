@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora.config import NF4_BLOCKS
 from lora.conversion.convert import Keys, Outcome, Rule, is_off, is_on
 from lora.settings.peers import NO_FP4, NO_GPTQ, NO_OUTLIERS
 
@@ -133,11 +134,13 @@ def axolotl_peft(value: Any, keys: Keys) -> Outcome:
     """Rule of axolotl's mapping `peft`: a backend, and a dtype of the base."""
     settings = dict(value) if isinstance(value, Mapping) else {}
     backend, dtype = settings.pop("backend", None), settings.pop("weight_dtype", None)
-    group = settings.pop("group_size", None)
+    group = settings.pop("group_size", None) if dtype == "nf4" else None
     lost = {f".{name}": "has no equivalent here" for name, v in settings.items() if not is_off(v)}
     if dtype == "nf4":
         found = nf4(keys, _TORCHAO if backend == "torchao" else "")
         own = {"nf4_block": str(group)} if group is not None and found.settings else {}
+        if own and own["nf4_block"] not in map(str, NF4_BLOCKS):
+            own, lost[".group_size"] = {}, f"nf4_block is one of {', '.join(map(str, NF4_BLOCKS))}"
         return Outcome({**found.settings, **own}, found.note, lost)
     if dtype == "int8":
         return Outcome(int8(keys).settings, _plain(NO_OUTLIERS), lost)

@@ -452,6 +452,16 @@ def test_the_base_is_quantised_as_the_other_tool_would_have_done(
         (f"{AXOLOTL_BASE}lora\ngptq: true", {}, "base_dtype nf4 quantises the unquantised model"),
         (f"{AXOLOTL_BASE}lora\npeft: {{weight_dtype: int4}}", {}, "there is no int4"),
         (
+            f"{AXOLOTL_BASE}qlora\npeft: {{weight_dtype: nf4, group_size: 100}}",
+            NF4,
+            "nf4_block is one of 32, 64,",
+        ),
+        (
+            f"{AXOLOTL_BASE}lora\npeft: {{weight_dtype: int8, group_size: 32}}",
+            INT8,
+            "has no equivalent here",
+        ),
+        (
             f"{AXOLOTL_BASE}qlora\nload_in_4bit: true\nbnb_config_kwargs: "
             "{llm_int8_skip_modules: [o_proj]}",
             NF4,
