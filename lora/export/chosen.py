@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from lora.adapters.bases.rules import TrainedBase, read_trained_base
 from lora.adapters.peft_files import read_metadata
 from lora.config import AnswerDtype, BaseWeights
 from lora.decoder.quantised.record import BaseQuantisation
-from lora.errors import ConfigError, did_you_mean
-from lora.pretrained.quantised.folder import find_4bit
+from lora.pretrained.quantised.folder import check_answer_dtype, is_folder_in_4bit
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,9 @@ def choose_values(asked: AnswerDtype, adapter: Path | None, folder: Path) -> Mer
     Without an adapter, those of the files, or rounded as asked. Raises ConfigError for a word that
     is not allowed, or that a folder in 4 bits cannot follow.
     """
-    allowed = get_args(AnswerDtype)
-    if asked not in allowed:
-        near = did_you_mean(str(asked), allowed)
-        raise ConfigError(
-            f"Cannot merge with base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}"
-        )
-    if find_4bit(folder) is not None:
-        if asked not in ("auto", "nf4"):
-            raise ConfigError(
-                f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and "
-                "there are no others. Leave it out, or name the model that it was made from."
-            )
-        return MergedValues()
+    check_answer_dtype(asked)
+    if is_folder_in_4bit(folder, asked):
+        return AS_STORED
     trained = _trained(adapter)
     kind = trained.quantisation
     if asked == "auto" or (kind is not None and asked == kind.dtype):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -22,11 +21,10 @@ from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised.base import base_kind, quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
 from lora.decoder.quantised.tables import Nf4Embedding
-from lora.device import DeviceChoice, available_bytes
-from lora.errors import ConfigError, did_you_mean
+from lora.device import DeviceChoice, free_bytes
 from lora.pretrained.load.models import empty_language_model, load_language_model, model_config
 from lora.pretrained.load.task import check_native_only
-from lora.pretrained.quantised.folder import find_4bit
+from lora.pretrained.quantised.folder import check_answer_dtype, is_folder_in_4bit
 
 MEMORY_FRACTION = 0.8
 """Of the free memory: what unpacked weights may take."""
@@ -62,10 +60,9 @@ def choose_answer_base(
     check_answer_dtype(asked)
     trained = None if adapter is None else trained_quantisation(adapter)
     compute, is_auto = choice.compute_dtype, asked == "auto"
-    if find_4bit(folder) is not None:
-        _refuse_for_4bit(asked, folder)
+    if is_folder_in_4bit(folder, asked):
         return AnswerBase(BaseWeights(), compute, compute, may_unpack=is_auto)
-    if asked == "original" or (asked == "auto" and trained is None):
+    if asked == "original" or (is_auto and trained is None):
         return AnswerBase(BaseWeights(), torch.float32, torch.float32)
     if trained is None or asked not in ("auto", trained.dtype):
         packed = BaseWeights(base_dtype=asked)
@@ -73,22 +70,6 @@ def choose_answer_base(
     if is_auto and (trained.kept or (trained.embeddings and not is_native)):
         return AnswerBase(BaseWeights(), trained.torch_dtype, compute, rounded_as=trained)
     return AnswerBase(weights_of(trained), trained.torch_dtype, compute, may_unpack=is_auto)
-
-
-def check_answer_dtype(asked: str) -> None:
-    """Raise ConfigError for a word that is no base dtype to answer with."""
-    allowed = get_args(AnswerDtype)
-    if asked not in allowed:
-        near = did_you_mean(str(asked), allowed)
-        raise ConfigError(f"Cannot use base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}")
-
-
-def _refuse_for_4bit(asked: AnswerDtype, folder: Path) -> None:
-    if asked not in ("auto", "nf4"):
-        raise ConfigError(
-            f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and there "
-            "are no others. Allowed: auto, nf4. Or name the model that it was made from."
-        )
 
 
 def trained_quantisation(adapter: Path) -> BaseQuantisation | None:
@@ -105,7 +86,7 @@ def load_answer_base(
     """Return the model in `folder`, and a note if it stays packed because memory has no room."""
     if base.weights.is_quantised:
         check_native_only(model_config(folder, implementation), base=base.weights, fsdp=False)
-    free = available_bytes(choice.device.type)
+    free = free_bytes(choice.device)
     model = load_language_model(
         folder,
         implementation=implementation,
@@ -118,7 +99,7 @@ def load_answer_base(
         round_base(model, base.rounded_as)
     elif base.may_unpack and base_kind(model) is not None:
         needed = _unpacked_bytes(folder, implementation, base.dtype)
-        if free is None or needed <= free * MEMORY_FRACTION:
+        if needed <= free * MEMORY_FRACTION:
             unpack_base(model, base.dtype)
         else:
             note = (

@@ -56,13 +56,10 @@ def load_model(
     from lora.device import choose_device
     from lora.distributed.devices import own_device
     from lora.errors import AdapterError
-    from lora.inference.base_weights import (
-        check_answer_dtype,
-        choose_answer_base,
-        load_answer_base,
-    )
+    from lora.inference.base_weights import choose_answer_base, load_answer_base
     from lora.inference.checkpoints.find import find_adapter
     from lora.inference.run_settings import find_prompt_format
+    from lora.pretrained.quantised.folder import check_answer_dtype
 
     check_answer_dtype(base_dtype)
     choice = choose_device(own_device(device))

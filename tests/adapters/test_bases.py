@@ -242,7 +242,20 @@ def test_an_unpacked_base_computes_and_names_the_same(
     assert (tmp_path / "again" / TENSORS_FILE).read_bytes() == (saved / TENSORS_FILE).read_bytes()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"dtype": 4}', '{"dtype": "nf4", "kept": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"dtype": 4}',
+        '{"dtype": "gptq"}',
+        '{"dtype": "nf4"}',
+        '{"dtype": "nf4", "block": 64, "double_quant": true, "kept": 3}',
+        '{"dtype": "nf4", "block": "64", "double_quant": true}',
+        '{"dtype": "nf4", "block": 64, "double_quant": "false"}',
+        '{"dtype": "int8", "compute_dtype": []}',
+    ],
+)
 def test_a_damaged_description_is_refused(
     adapters: Callable[[str], Path], folder: Path, text: str
 ) -> None:

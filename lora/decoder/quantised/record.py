@@ -15,6 +15,8 @@ import torch
 _WEIGHTS: dict[str, Any] = {"compute_dtype": "float32", "fingerprint": ""}
 _SCALES: dict[str, Any] = {**_WEIGHTS, "double_quant": None}
 """What does not count where values, or codes alone, are compared."""
+BLOCKS = tuple(2**n for n in range(5, 13))
+"""Block sizes of nf4, which are bitsandbytes'."""
 COMPUTE_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -82,6 +84,16 @@ class BaseQuantisation:
         if not isinstance(kept, list | tuple) or not all(isinstance(name, str) for name in kept):
             raise ValueError("kept is no list of names")
         found = cls(**{**known, "kept": tuple(kept)})
-        if found.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f"its compute dtype {found.compute_dtype!r} is not known")
+        is_nf4 = found.dtype == "nf4"
+        allowed = {
+            "dtype": found.dtype in ("fp8", "int8", "nf4"),
+            "block": found.block in BLOCKS if is_nf4 else found.block is None,
+            "double_quant": isinstance(found.double_quant, bool) == is_nf4,
+            "embeddings": isinstance(found.embeddings, bool),
+            "compute_dtype": found.compute_dtype in [*COMPUTE_DTYPES],
+            "fingerprint": isinstance(found.fingerprint, str),
+        }
+        for name, is_allowed in allowed.items():
+            if not is_allowed:
+                raise ValueError(f"its {name} {vars(found)[name]!r} is not known")
         return found

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from lora.config import BaseWeights
-from lora.errors import ConfigError, ModelError, gather
+from lora.config import AnswerDtype, BaseWeights
+from lora.errors import ConfigError, ModelError, did_you_mean, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.load.architectures import describe_architecture
 from lora.pretrained.quantised.methods import is_4bit, settings_of
@@ -69,6 +70,26 @@ def find_4bit(folder: Path, *, needs_weights: bool = True) -> FolderIn4Bit | Non
         if says_so and not packed:
             raise ModelError(not_packed(folder))
         return describe_packed(folder, packed) if packed else None
+
+
+def check_answer_dtype(asked: str) -> None:
+    """Raise ConfigError for a word that is no base dtype to answer with."""
+    allowed = get_args(AnswerDtype)
+    if asked not in allowed:
+        near = did_you_mean(str(asked), allowed)
+        raise ConfigError(f"Cannot use base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}")
+
+
+def is_folder_in_4bit(folder: Path, asked: AnswerDtype) -> bool:
+    """Whether the weights in `folder` are in 4 bits. Raises ConfigError if others are asked for."""
+    if find_4bit(folder) is None:
+        return False
+    if asked not in ("auto", "nf4"):
+        raise ConfigError(
+            f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and there "
+            "are no others. Allowed: auto, nf4. Or name the model that it was made from."
+        )
+    return True
 
 
 def describe_packed(folder: Path, packed: Mapping[str, StoredNf4]) -> FolderIn4Bit:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.decoder.quantised.record import BLOCKS
 from lora.kernels.nf4 import GROUP, NF4_LEVELS, Nf4Tensor, dynamic_levels, n_blocks, unpack_nf4
 from lora.pretrained.hf_files import StoredTensor
 
@@ -32,8 +33,6 @@ NESTED_SCALES, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 COMPANIONS = (STATE, MAP, SCALES, NESTED_SCALES, NESTED_MAP)
 VALUE_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Dtypes of the values before they were quantised, and their names in safetensors."""
-BLOCKS = tuple(2**n for n in range(5, 13))
-"""Block sizes that bitsandbytes has."""
 MAX_STATE_BYTES = 2**16
 MAX_OFFSET = torch.finfo(torch.float32).max
 MAP_TOLERANCE = 1e-6
