@@ -301,6 +301,8 @@ def _show(name: str, inputs: PlanInputs, planned: dict[str, _Planned]) -> None:
         + (f"saves {saved:.0f}% of the memory." if saved > 0 else "saves no memory here.")
     )
     console.print(f"Training step: LoRA {STEPS[lora.step]}, full {STEPS[full.step]}.")
+    if (stored := inputs.base.base_dtype) != "auto":
+        console.print(f"full fine-tuning: of the unquantised model; it cannot train {stored}.")
     for kind, words in KINDS.items():
         chosen = planned[kind].chosen
         if chosen.reason:

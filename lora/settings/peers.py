@@ -26,6 +26,8 @@ class PeerSetting:
     """Its values that are written otherwise here; others stay."""
     note: str = ""
     """Of an alias: what its user should know."""
+    note_about: str = ""
+    """The setting that `note` is about: whoever gives it need not be told."""
     refused: Settings = field(default_factory=dict)
     """Of an alias: values that are not taken, each with the reason; "*" is any that is not among
     `values`."""
@@ -109,7 +111,7 @@ NO_GPTQ = (
 )
 _NESTED = (
     "the blocks' scales are quantised too, which transformers and TRL leave off by default: "
-    "`nf4_double_quant` false switches it off"
+    "`nf4_double_quant`=false switches it off"
 )
 _OF_BASE = {"true": "nf4", "false": "auto"}
 _SPLIT = "`batch_size` is the effective batch size: it is split into these passes, not multiplied"
@@ -177,7 +179,13 @@ _RESPELT: dict[str, PeerSetting] = {
 _QUANTISED: dict[str, PeerSetting] = {
     **dict.fromkeys(
         ("load_in_4bit", "use_4bit"),
-        PeerSetting("base_dtype", _OF_BASE, note=_NESTED, gives_way="auto"),
+        PeerSetting(
+            "base_dtype",
+            _OF_BASE,
+            note=_NESTED,
+            note_about="nf4_double_quant",
+            gives_way="auto",
+        ),
     ),
     **dict.fromkeys(
         ("qlora", "use_qlora", "quantize_base"),

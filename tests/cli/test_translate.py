@@ -118,6 +118,20 @@ def test_what_8_bits_are_here_is_told() -> None:
     assert len(notes) == 1
 
 
+@pytest.mark.parametrize(
+    "scales", ["--no-nf4-double-quant", "--bnb-4bit-use-double-quant=false", "--nf4-double-quant"]
+)
+def test_the_default_of_double_quantisation_is_told_unless_it_is_given(scales: str) -> None:
+    notes: list[str] = []
+    translate_words("x", ["--load-in-4bit", scales], KNOWN, notes.append)
+    settings = {"load_in_4bit": "true", "bnb_4bit_use_double_quant": "false"}
+    translate_settings("a.yaml", settings, KNOWN, notes.append)
+    assert notes == []
+    translate_words("x", ["--load-in-4bit"], KNOWN, notes.append)
+    advice = notes[0].partition("default: ")[2].split()[0]  # what it says to write is a flag
+    assert bound_by(["--load-in-4bit", advice]).arguments["base"].nf4_double_quant is False
+
+
 def test_a_list_of_words_ends_at_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "orders").mkdir()

@@ -93,6 +93,15 @@ def test_a_plan_over_another_kind_of_base_is_refused(
     assert "in 4 bits already" in capsys.readouterr().err
 
 
+def test_a_plan_says_that_full_fine_tuning_is_not_of_the_4_bit_folder(
+    four: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No search for the largest batch in so little memory.
+    assert main(["plan", "--model", str(four), "--device", "cpu", "--memory-gb", "0.01"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "full fine-tuning: of the unquantised model; it cannot train nf4." in shown
+
+
 def test_a_plan_counts_what_the_folder_leaves_plain(four: Path) -> None:
     base, packed = planned_base(four, BaseWeights())
     assert base.base_dtype == "nf4"

@@ -56,7 +56,7 @@ def translate_words(
         elif name not in overridden:
             if names.setdefault(ours, word) != word:
                 faults.append(f"{word} is {ours}, as {names[ours]}: both are given. Keep one")
-            if _has_note(peer, text):
+            if _has_note(peer, text, given, known):
                 on_note(f"note: {word} is {ours}: {_named(peer.note, _as_flag)}")
             found += renamed
     _raise_if(faults, command)
@@ -132,7 +132,7 @@ def translate_settings(
         if ours in names:
             faults.append(f"{_as_key(key)} is {_as_key(names[ours])}: both are given. Keep one")
         names[ours] = key
-        if peer is not None and _has_note(peer, text):
+        if peer is not None and _has_note(peer, text, given, known):
             on_note(f"note: {_as_key(key)} is {peer.ours}: {_named(peer.note, _as_key)}")
         is_other = peer is not None and isinstance(value, str)
         found[ours] = peer.values.get(value.lower(), value) if peer and is_other else value
@@ -169,10 +169,13 @@ def _overridden(given: Settings, known: Collection[str]) -> set[str]:
     return overridden
 
 
-def _has_note(peer: PeerSetting, text: str) -> bool:
-    """Whether the user of an alias, with this value, should be told something."""
-    is_off = text.lower() == "false" or _value_here(peer, text) == peer.gives_way
-    return bool(peer.note) and not is_off
+def _has_note(peer: PeerSetting, text: str, given: Settings, known: Collection[str]) -> bool:
+    """Whether the user of an alias, with this value beside `given`, should be told something."""
+    if not peer.note or text.lower() == "false" or _value_here(peer, text) == peer.gives_way:
+        return False
+    others = {name: _peer_of(name, known) for name in given}
+    ours = {name if other is None else other.ours for name, other in others.items()}
+    return peer.note_about not in ours
 
 
 def _value_here(peer: PeerSetting, text: str) -> str:
