@@ -188,8 +188,8 @@ def base_notes(members: list[Member], base: BaseResult) -> list[str]:
     return [
         f"{names}: over a base in {stored[0].base_dtype}, whose validation loss is "
         f"{base.quantised_eval_loss:.4f} before training ({base.eval_loss:.4f} in the compute "
-        "dtype); full fine-tuning trains the weights as they are. What is called before is the "
-        "base as it is"
+        "dtype); full fine-tuning trains the unquantised weights. Losses and scores called "
+        '"before" are those of the unquantised base'
     ]
 
 

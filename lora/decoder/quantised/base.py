@@ -152,7 +152,7 @@ def quantised_modules(model: nn.Module) -> dict[str, QuantisedWeight]:
 
 
 def base_kind(model: nn.Module) -> str | None:
-    """Return how the base of `model` is stored (`fp8`, `nf4`), or None if it is not quantised."""
+    """Return how the base of `model` is stored (fp8, nf4, int8), or None if it is not quantised."""
     kinds = (m.kind for m in model.modules() if isinstance(m, QuantisedWeight))
     return next(kinds, None)
 
