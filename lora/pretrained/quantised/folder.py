@@ -54,14 +54,17 @@ def find_4bit(folder: Path, *, needs_weights: bool = True) -> FolderIn4Bit | Non
 
     Without `needs_weights` a folder of config.json alone is what transformers writes by default,
     blocks of 64. Raises ModelError for weights that are quantised otherwise, damaged ones, and a
-    config.json that says 4 bits of files without.
+    config.json that says 4 bits of files without. One that does not say so, without any files, is
+    refused only when its weights are loaded: other faults are then found before.
     """
     config = read_config(folder)
     says_so = is_4bit(config, describe_architecture(config))
-    if not needs_weights and not (says_so and any(folder.glob("*.safetensors"))):
-        is_double = says_so and settings_of(config).get("bnb_4bit_use_double_quant") is True
-        base = BaseWeights("nf4", nf4_double_quant=is_double)
-        return FolderIn4Bit(folder, base, frozenset()) if says_so else None
+    has_files = any(folder.glob("*.safetensors"))
+    if not says_so and not (needs_weights and has_files):
+        return None
+    if not needs_weights and not has_files:
+        is_double = settings_of(config).get("bnb_4bit_use_double_quant") is True
+        return FolderIn4Bit(folder, BaseWeights("nf4", nf4_double_quant=is_double), frozenset())
     with ExitStack() as files:
         stored, faults = collect_packed(open_tensors(folder, files))
         packed = {n: weight for n, weight in stored.items() if isinstance(weight, StoredNf4)}
