@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import cast
 
 from torch import nn
@@ -15,6 +16,8 @@ from lora.decoder.quantised.int8 import Int8Linear
 from lora.decoder.quantised.nf4 import Nf4Linear, check_even
 from lora.decoder.quantised.tables import Nf4Embedding
 from lora.errors import ModelError
+
+_IN_BLOCK = re.compile(r"\w+\.\d+\..+")
 
 
 def use_quantised_linears(
@@ -31,9 +34,9 @@ def use_quantised_linears(
         return
     names = {id(module): name for name, module in model.named_modules()}
     blocks = model.trunk.blocks()
-    linears = (m for m in blocks.modules() if isinstance(m, nn.Linear))
-    found = [m for m in linears if is_weight_in(names[id(m)], only)]
-    new = {id(linear): build_quantised(linear, names[id(linear)], base) for linear in found}
+    linears = {names[id(m)]: m for m in blocks.modules() if isinstance(m, nn.Linear)}
+    found = with_weights_in(linears, only)
+    new = {id(linears[name]): build_quantised(linears[name], name, base) for name in found}
     for owner in list(blocks.modules()):
         for name, child in list(owner.named_children()):
             if id(child) in new:
@@ -53,13 +56,31 @@ def _use_nf4_tables(model: Decoder, base: BaseWeights) -> None:
     model.tie_head()
 
 
-def is_weight_in(module: str, only: Collection[str] | None) -> bool:
-    """Whether the weight of the linear called `module` is in `only`; None: all are.
+def with_weights_in(linears: Iterable[str], only: Collection[str] | None) -> list[str]:
+    """Return those of `linears` whose weights are named in `only`; None: all are.
 
-    Files of some models leave out the first part of a name.
+    Files of some models leave out parts of a name before the blocks, or have them in another order.
     """
-    name = f"{module}.weight"
-    return only is None or name in only or name.partition(".")[2] in only
+    if only is None:
+        return list(linears)
+    starts: dict[str, list[set[str]]] = {}
+    for name in only:
+        start, rest = _parted(name)
+        starts.setdefault(rest, []).append(start)
+    found = []
+    for name in linears:
+        own, rest = _parted(f"{name}.weight")
+        if any(start <= own for start in starts.get(rest, ())):
+            found.append(name)
+    return found
+
+
+def _parted(name: str) -> tuple[set[str], str]:
+    """Return the parts of a name before the list of blocks, and all from there on."""
+    match = _IN_BLOCK.search(name)
+    if match is None:
+        return set(), name
+    return set(name[: match.start()].split(".")) - {""}, match.group()
 
 
 def build_quantised(linear: nn.Linear, name: str, base: BaseWeights) -> QuantisedWeight:

@@ -24,7 +24,7 @@ from lora.pretrained.load.models import (
     why_not_packed,
 )
 from lora.pretrained.positions import check_positions
-from lora.pretrained.quantised.folder import find_4bit
+from lora.pretrained.quantised.folder import FolderIn4Bit, find_4bit
 from lora.pretrained.transformers_models.config import TransformersConfig
 from lora.pretrained.transformers_models.quantiser import why_not_quantised
 
@@ -97,16 +97,21 @@ def settled_base(
     of its weights (`is_full`).
     """
     found = find_4bit(folder)
+    settled = _settled(found, asked, is_full=is_full)
+    if found is not None:
+        on_message(found.describe())
+    return settled
+
+
+def _settled(found: FolderIn4Bit | None, asked: BaseWeights, *, is_full: bool) -> BaseWeights:
     if found is None:
         return asked
     if is_full:
         raise ConfigError(
-            f"Cannot train all weights of {folder}: it is in 4 bits already (bitsandbytes), and "
-            "updates would be rounded away. Train with LoRA, or name the unquantised model."
+            f"Cannot train all weights of {found.folder}: it is in 4 bits already (bitsandbytes), "
+            "and updates would be rounded away. Train with LoRA, or name the unquantised model."
         )
-    settled = found.settled(asked)
-    on_message(found.describe())
-    return settled
+    return found.settled(asked)
 
 
 def planned_base(folder: Path, asked: BaseWeights) -> tuple[BaseWeights, frozenset[str] | None]:
@@ -131,11 +136,12 @@ def check_base(
     Also ConfigError for what only native decoders have, and ModelError for linears that `asked`
     cannot hold.
     """
-    base = settled_base(folder, asked, is_full=is_full)
+    found = find_4bit(folder)
+    base = _settled(found, asked, is_full=is_full)
     config = model_config(folder, implementation)
     check_native_only(config, base=base, fsdp=fsdp)
     if isinstance(config, DecoderConfig):
-        _, only = planned_base(folder, asked)
+        only = None if found is None else found.packed
         quantise_empty_model(empty_language_model(config), base, only)
 
 

@@ -21,7 +21,7 @@ from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.decoder.quantised.nf4 import Nf4Weight
 from lora.errors import ModelError, gather
 from lora.layers.conv1d import is_conv1d
-from lora.layers.quantised_model import build_quantised, is_weight_in
+from lora.layers.quantised_model import build_quantised, with_weights_in
 from lora.pretrained.quantised.linears import fill_packed
 from lora.pretrained.quantised.stored import StoredNf4
 from lora.pretrained.transformers_models.four_bit import PackedWeights
@@ -123,9 +123,7 @@ def empty_quantised_linears(
     Those whose weights are not named in `only` stay as they are.
     """
     found = find_quantisable(theirs)
-    for name in found.names:
-        if not is_weight_in(name, only):
-            continue
+    for name in with_weights_in(found.names, only):
         linear = theirs.get_submodule(name)
         replace_everywhere(theirs, linear, empty_quantised(linear, name, base))
     return found

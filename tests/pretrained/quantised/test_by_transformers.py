@@ -12,7 +12,13 @@ from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.quantised.base import quantised_modules
 from lora.errors import ConfigError, ModelError
 from lora.layers.conv1d import is_conv1d
-from lora.pretrained.load.models import load_language_model, model_config
+from lora.pretrained.load.models import (
+    empty_language_model,
+    load_language_model,
+    model_config,
+    quantise_empty_model,
+)
+from lora.pretrained.load.task import planned_base
 from lora.pretrained.transformers_models.four_bit import PackedWeights
 from lora.pretrained.transformers_models.load import load_transformers_model
 from tests.pretrained.quantised.four_bit import write_4bit
@@ -72,6 +78,9 @@ def test_the_text_part_of_a_multimodal_model(tmp_path: Path, is_whole: bool) -> 
     )
     model = load_language_model(tmp_path / "four")
     assert len(quantised_modules(model)) == 14
+    planned = empty_language_model(model_config(tmp_path / "four", "auto"))
+    quantise_empty_model(planned, *planned_base(tmp_path / "four", BaseWeights()))
+    assert quantised_modules(planned).keys() == quantised_modules(model).keys()
     assert torch.isfinite(model(IDS)).all()
     tower = {name: p for name, p in model.named_parameters() if "vision" in name and p.dim() == 2}
     expected = {name.split("vision")[1]: v for name, v in values.items() if "vision" in name}
