@@ -33,7 +33,8 @@ NESTED_SCALES, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 COMPANIONS = (STATE, MAP, SCALES, NESTED_SCALES, NESTED_MAP)
 VALUE_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """Dtypes of the values before they were quantised, and their names in safetensors."""
-MAX_STATE_BYTES = 2**16
+MAX_STATE_BYTES = 2**12
+"""Several times what is written: the product of two sizes then has few enough digits to print."""
 MAX_OFFSET = torch.finfo(torch.float32).max
 MAP_TOLERANCE = 1e-6
 """Of the 16 levels: bitsandbytes' kernels have their own, whatever the file says."""

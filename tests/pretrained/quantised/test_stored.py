@@ -146,6 +146,8 @@ def removed(*names: str) -> Callable[[dict[str, Tensor]], None]:
         (state_with(blocksize="64"), "blocksize='64'"),
         (state_with(blocksize=True), "blocksize=True"),
         (state_with(shape=[10**40, 2]), "bytes of codes"),
+        (state_with(shape=[10**1900, 10**1900]), "bytes of codes"),
+        (state_with(shape=[10**3000, 10**3000]), "the bytes of JSON are needed"),
         (state_with(nested_blocksize=0), "nested_blocksize=0"),
         (state_with(nested_dtype="float16"), "nested_dtype='float16'"),
         (
