@@ -20,7 +20,7 @@ from lora.config import BaseWeights
 from lora.decoder.config import DecoderConfig
 from lora.decoder.decoder import Decoder, assign_parameters, build_empty_decoder
 from lora.decoder.families import FAMILIES, decoder_config
-from lora.decoder.quantised.base import QuantisedWeight, base_kind
+from lora.decoder.quantised.base import QuantisedWeight, refuse_quantised
 from lora.errors import ModelError, did_you_mean, gather
 from lora.layers.quantised_model import use_quantised_linears
 from lora.pretrained.hf_files import StoredTensor, open_tensors, read_config
@@ -319,12 +319,7 @@ def _write_decoder(
 
 
 def _tensors_to_save(model: Decoder) -> dict[str, Tensor]:
-    kind = base_kind(model)
-    if kind is not None:
-        raise ModelError(
-            f"Cannot save a model with {kind} linears: the format cannot hold their scales. Save "
-            "its adapter; the base is where it was loaded from."
-        )
+    refuse_quantised(model)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     expected = {name for name, _ in build_empty_decoder(model.config).named_parameters()}
     faults = [f"{name} is not a tensor of the format" for name in tensors if name not in expected]

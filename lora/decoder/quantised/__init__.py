@@ -1,1 +1,1 @@
-"""Frozen linears whose weights are stored in fewer bits: fp8 and nf4."""
+"""Frozen linears whose weights are stored in fewer bits: fp8, int8 and nf4."""

@@ -6,12 +6,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.errors import ModelError
+
+WeightT = TypeVar("WeightT", bound="QuantisedWeight")
 
 SAMPLES_PER_TENSOR = 64
 
@@ -141,8 +143,16 @@ class QuantisedWeight(nn.Module):
         return self
 
     @abstractmethod
-    def plain_twin(self) -> Self:
+    def plain_twin(self) -> QuantisedWeight:
         """Return the layer without LoRA that has this one's tensors."""
+
+    def twin_of(self, kind: Callable[[nn.Linear], WeightT]) -> WeightT:
+        """Return a layer of this `kind` that has this one's tensors."""
+        with torch.device("meta"):  # no storage: all is replaced at once
+            twin = kind(nn.Linear(self.in_features, self.out_features, bias=False))
+        twin.weight, twin.bias = self.weight, self.bias
+        twin.share_packed(self)
+        return twin.train(self.training)
 
 
 def quantised_modules(model: nn.Module) -> dict[str, QuantisedWeight]:
@@ -155,6 +165,16 @@ def base_kind(model: nn.Module) -> str | None:
     """Return how the base of `model` is stored (fp8, nf4, int8), or None if it is not quantised."""
     kinds = (m.kind for m in model.modules() if isinstance(m, QuantisedWeight))
     return next(kinds, None)
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise ModelError for a model that is to be saved as a plain one, and has quantised layers."""
+    kind = base_kind(model)
+    if kind is not None:
+        raise ModelError(
+            f"Cannot save a model with {kind} linears: the format cannot hold their scales. Save "
+            "its adapter; the base is where it was loaded from."
+        )
 
 
 def values_of(module: nn.Module) -> Tensor:

@@ -24,11 +24,7 @@ class Fp8Weight(RowScaledWeight):
         return rows.codes, rows.scales
 
     def plain_twin(self) -> Fp8Linear:
-        with torch.device("meta"):  # no storage: all is replaced at once
-            plain = Fp8Linear(nn.Linear(self.in_features, self.out_features, bias=False))
-        plain.weight, plain.bias = self.weight, self.bias
-        plain.share_packed(self)
-        return plain.train(self.training)
+        return self.twin_of(Fp8Linear)
 
 
 class Fp8Linear(Fp8Weight):

@@ -27,11 +27,7 @@ class Int8Weight(RowScaledWeight):
         unpack_int8_on_device(self.weight[rows], self.weight_scale[rows], out)
 
     def plain_twin(self) -> Int8Linear:
-        with torch.device("meta"):  # no storage: all is replaced at once
-            plain = Int8Linear(nn.Linear(self.in_features, self.out_features, bias=False))
-        plain.weight, plain.bias = self.weight, self.bias
-        plain.share_packed(self)
-        return plain.train(self.training)
+        return self.twin_of(Int8Linear)
 
 
 class Int8Linear(Int8Weight):

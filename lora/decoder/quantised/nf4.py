@@ -122,11 +122,7 @@ class Nf4Weight(QuantisedWeight):
         self.weight_scales, self.weight_group_scales, self.weight_offset = scales, groups, offset
 
     def plain_twin(self) -> Nf4Linear:
-        with torch.device("meta"):  # no storage: all is replaced at once
-            plain = Nf4Linear(nn.Linear(self.in_features, self.out_features, bias=False))
-        plain.weight, plain.bias = self.weight, self.bias
-        plain.share_packed(self)
-        return plain.train(self.training)
+        return self.twin_of(Nf4Linear)
 
 
 class Nf4Linear(Nf4Weight):

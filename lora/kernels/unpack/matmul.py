@@ -21,11 +21,10 @@ from lora.kernels.unpack.nf4 import unpack_nf4_on_device
 
 def nf4_linear(x: Tensor, packed: Nf4Tensor) -> Tensor:  # (..., I) -> (..., O)
     """Return x Wᵀ in the dtype of `x`; autograd saves codes and scales only."""
-    tensors = packed.codes, packed.scales, packed.group_scales, packed.offset
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.lora_lm.nf4_linear(x, *tensors, packed.block)
+        compiled: Tensor = torch.ops.lora_lm.nf4_linear(x, *packed.tensors, packed.block)
         return compiled
-    y: Tensor = _Nf4Linear.apply(x, packed.block, *tensors)
+    y: Tensor = _Nf4Linear.apply(x, packed.block, *packed.tensors)
     return y
 
 

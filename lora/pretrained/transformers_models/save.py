@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lora.decoder.quantised.base import base_kind
+from lora.decoder.quantised.base import refuse_quantised
 from lora.errors import CheckpointError, ModelError
 from lora.layers.trainable_tokens import TrainableTokensLayer
 from lora.lora_module import LoRALayer
@@ -40,12 +40,7 @@ def save_transformers_model(model: TransformersModel, folder: Path) -> None:
             f"Cannot save the model as a plain {model.config.family!r} model: {adapted[0]} is "
             "adapted. Merge its LoRA first: merge_lora(model)."
         )
-    kind = base_kind(model)
-    if kind is not None:
-        raise ModelError(
-            f"Cannot save a model with {kind} linears: the format cannot hold their scales. Save "
-            "its adapter; the base is where it was loaded from."
-        )
+    refuse_quantised(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder) as part:
