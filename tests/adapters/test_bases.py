@@ -247,6 +247,7 @@ def test_an_unpacked_base_computes_and_names_the_same(
     [
         "{",
         "[]",
+        pytest.param("[" * 100_000, id="nested"),
         '{"dtype": 4}',
         '{"dtype": "gptq"}',
         '{"dtype": "nf4"}',

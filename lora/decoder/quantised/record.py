@@ -76,7 +76,10 @@ class BaseQuantisation:
 
         Raises ValueError for a text that it did not write.
         """
-        read = json.loads(text)
+        try:
+            read = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(read, dict) or not isinstance(read.get("dtype"), str):
             raise ValueError("it names no dtype")
         known = {name: read[name] for name in cls.__dataclass_fields__ if name in read}
