@@ -58,11 +58,16 @@ def load_model(
         base=job.base_weights,
     )
     fingerprint = base_fingerprint(model)
+    tell_storage(model, progress)
+    prepare_model(job, model, tokenizer, progress)
+    return model, fingerprint
+
+
+def tell_storage(model: LanguageModel, progress: Progress) -> None:
+    """Say what of a quantised base is quantised, and what is not."""
     stored = describe_storage(model)
     if stored is not None:
         progress.message(stored)
-    prepare_model(job, model, tokenizer, progress)
-    return model, fingerprint
 
 
 def prepare_model(

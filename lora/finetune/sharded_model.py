@@ -24,7 +24,7 @@ from lora.decoder.quantised.base import QuantisedWeight, quantised_modules
 from lora.device import DeviceChoice
 from lora.distributed.shards import ALL_ROWS, Rows
 from lora.finetune.job import FinetuneJob
-from lora.finetune.model import prepare_model
+from lora.finetune.model import prepare_model, tell_storage
 from lora.finetune.weight_rows import WeightRows
 from lora.layers.quantised_model import use_quantised_linears
 from lora.layers.token_tables import find_token_tables
@@ -73,6 +73,7 @@ def build_sharded_model(
     _each_tensor(model, lambda tensor: _stand_in(tensor, choice.device))
     model.known_fingerprint = fingerprint
     model.known_quantisation = quantisation_from(model, files.model, files.release)
+    tell_storage(model, progress)
     has_tables = bool(job.data_config.special_tokens) or job.from_adapter is not None
     if has_tables:
         _load_token_tables(model, files)

@@ -38,6 +38,19 @@ def tokenizer() -> TextTokenizer:
     return make_tokenizer()
 
 
+class Messages(NoProgress):
+    """Progress that keeps what is said of how the base is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_base: list[str] = []
+
+    def message(self, message: str) -> None:
+        """Keep a line about the base."""
+        if message.startswith("base in "):
+            self.of_base.append(message)
+
+
 def job_of(folder: Path, **changes: object) -> FinetuneJob:
     job = FinetuneJob(data=[], model=str(folder), lora=LoRAConfig(rank=3, dropout=0.1))
     return replace(job, **changes)
@@ -48,10 +61,13 @@ def build_both(job: FinetuneJob, tokenizer: TextTokenizer) -> tuple[ShardedModel
     source = ModelSource(Path(str(job.model)), "tiny", "tiny")
     if job.data_config.special_tokens:
         tokenizer = tokenizer.with_tokens(job.data_config.special_tokens)
-    arguments = job, source, choose_device("cpu"), tokenizer, NoProgress()
-    loaded, fingerprint = load_model(*arguments)
+    told, told_sharded = Messages(), Messages()
+    arguments = job, source, choose_device("cpu"), tokenizer
+    loaded, fingerprint = load_model(*arguments, told)
     drawn = torch.get_rng_state()
-    sharded = build_sharded_model(*arguments)
+    sharded = build_sharded_model(*arguments, told_sharded)
+    assert told_sharded.of_base == told.of_base
+    assert len(told.of_base) == (job.base_dtype != "auto")
     assert torch.equal(torch.get_rng_state(), drawn)
     assert sharded.fingerprint == fingerprint == base_fingerprint(sharded.model)
     assert sharded.model.config == loaded.config
