@@ -80,6 +80,15 @@ def trained_quantisation(adapter: Path) -> BaseQuantisation | None:
         return None
 
 
+def is_over_4bit_folder(adapter: Path) -> bool:
+    """Whether an adapter was trained over a directory that is in 4 bits itself."""
+    try:
+        trained = read_trained_base(read_metadata(adapter))
+    except ValueError:  # said where the adapter is loaded
+        return False
+    return trained.quantisation is not None and trained.fingerprint is None
+
+
 def load_answer_base(
     folder: Path, implementation: ImplementationName, choice: DeviceChoice, base: AnswerBase
 ) -> tuple[LanguageModel, str | None]:

@@ -75,6 +75,17 @@ def test_a_resumed_run_ends_with_the_same_bytes(job: FinetuneJob, tmp_path: Path
     assert {str(t.dtype) for t in load_file(one).values()} == {"torch.float32"}
 
 
+def test_a_check_for_vllm_warns_only_of_another_base(
+    job: FinetuneJob, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["export", "--vllm", "--adapter", str(finetune(job).saved)]
+    capsys.readouterr()
+    assert main(flags) == 0
+    assert "own weights" not in capsys.readouterr().err
+    assert main([*flags, "--model", str(tiny_folder)]) == 0
+    assert "own weights" in capsys.readouterr().err
+
+
 def test_what_it_cannot_be_is_refused_before_it_is_read(job: FinetuneJob) -> None:
     full = replace(job, lora=None)
     with pytest.raises(ConfigError, match=r"all weights of .*in 4 bits already.*Train with LoRA"):
