@@ -140,7 +140,9 @@ def test_plans_over_quantised_bases_are_near_the_peaks_measured_on_an_h200(
 ) -> None:
     model = build(case, full=False, base=base)
     plan = FastPlan(model, *SHAPES[case][-2:], packed=False)
-    assert plan.memory(MODES[mode]).total / 1e9 == pytest.approx(peak_gb, rel=0.01)
+    planned_gb = plan.memory(MODES[mode]).total / 1e9
+    # Measured before phases that follow one another shared their scratch, which saves up to 4.3 %.
+    assert 0.955 * peak_gb <= planned_gb <= 1.01 * peak_gb
 
 
 def test_normed_heads_add_one_scratch_for_all_blocks(tiny_decoder: Callable[..., Decoder]) -> None:
