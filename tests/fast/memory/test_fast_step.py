@@ -12,6 +12,7 @@ import torch
 from lora.adapters.apply import apply_lora
 from lora.config import BaseWeights, LoRAConfig
 from lora.decoder.decoder import Decoder, build_empty_decoder
+from lora.fast.llama.buffers import Buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.memory.fast_step import FastPlan, fast_memory, fit_memory
 from lora.fast.step import FastStep
@@ -136,13 +137,13 @@ def quantised_measured() -> list[tuple[str, str, str, float]]:
 
 @pytest.mark.parametrize(("case", "base", "mode", "peak_gb"), quantised_measured())
 def test_plans_over_quantised_bases_are_near_the_peaks_measured_on_an_h200(
-    case: str, base: str, mode: str, peak_gb: float
+    case: str, base: str, mode: str, peak_gb: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As it was measured: phases that follow one another had scratch of their own.
+    monkeypatch.setattr(Buffers, "_phase_scratch", lambda *_: None)
     model = build(case, full=False, base=base)
     plan = FastPlan(model, *SHAPES[case][-2:], packed=False)
-    planned_gb = plan.memory(MODES[mode]).total / 1e9
-    # Measured before phases that follow one another shared their scratch, which saves up to 4.3 %.
-    assert 0.955 * peak_gb <= planned_gb <= 1.01 * peak_gb
+    assert plan.memory(MODES[mode]).total / 1e9 == pytest.approx(peak_gb, rel=0.01)
 
 
 def test_normed_heads_add_one_scratch_for_all_blocks(tiny_decoder: Callable[..., Decoder]) -> None:
