@@ -9,15 +9,13 @@ torch's kernels have no caps: they are measured without.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from devices.rows import main_on_a_gpu
 
 from lora.fast.llama.attention import AttentionShape, attend_packed
 from lora.kernels.step import attention_triton
@@ -66,19 +64,7 @@ TRIED = {
 
 def main() -> int:
     """Print one line for each measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("attention_tiles: there is no GPU here", file=sys.stderr)
-        return 2
-    for row in _measurements():
-        row["hardware"] = torch.cuda.get_device_name()
-        print(json.dumps(row), flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    return 0
+    return main_on_a_gpu(__doc__, _measurements())
 
 
 def _measurements() -> Iterator[dict[str, Any]]:

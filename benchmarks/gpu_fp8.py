@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices.rows import print_row
 from torch import Tensor
 
 from lora.kernels.step import norm, swiglu
@@ -224,11 +224,8 @@ def main() -> int:
     for name in arguments.shapes:
         found = () if arguments.makers else measure_gemms(name)
         for row in itertools.chain(found, measure_makers(name)):
-            line = json.dumps({**row, "hardware": hardware, "torch": torch.__version__})
-            print(line, flush=True)
-            if arguments.out:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            row |= {"hardware": hardware, "torch": torch.__version__}
+            print_row(row, arguments.out)
     return 0
 
 

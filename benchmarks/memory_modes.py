@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices.rows import print_row
 from gpu_step import CASES, RANK, Shape, build_empty, build_model, build_stream
 
 from lora.adapters.apply import apply_lora
@@ -154,11 +155,7 @@ def main() -> None:
         return
     # The largest first: those are what the numbers are for.
     for name in sorted(arguments.only, key=lambda name: -CASES[name.split(":")[0]].parameters):
-        line = json.dumps(measure(name, arguments.limit_s))
-        print(line, flush=True)
-        if arguments.out:
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        print_row(measure(name, arguments.limit_s), arguments.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from devices.rows import print_row
 from gpu_curves import mean_of_last, run_once
 
 from lora.device import choose_device
@@ -211,10 +212,7 @@ def main() -> int:
         rows = [json.loads(line) for line in arguments.read.read_text("utf-8").splitlines()]
     for row in [] if arguments.read else run_all(arguments):
         rows.append(row)
-        print(json.dumps(row), flush=True)
-        if arguments.out:
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        print_row(row, arguments.out)
     made = table(rows)
     print(made)
     if arguments.picture:

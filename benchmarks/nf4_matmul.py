@@ -9,14 +9,12 @@ The step unpacks first (lora/fast/weights/unpacked.py).
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from devices.rows import main_on_a_gpu
 from nf4_unpack import device_microseconds
 from torch import Tensor
 
@@ -41,19 +39,7 @@ BLOCK = 64
 
 def main() -> int:
     """Print one line for each shape and number of tokens."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("nf4_matmul: there is no GPU here", file=sys.stderr)
-        return 2
-    for row in _measurements():
-        row["hardware"] = torch.cuda.get_device_name()
-        print(json.dumps(row), flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    return 0
+    return main_on_a_gpu(__doc__, _measurements())
 
 
 def _measurements() -> Iterator[dict[str, Any]]:

@@ -10,17 +10,15 @@ memory, others by selects or in the cache.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from devices.rows import main_on_a_gpu
 from torch import Tensor
 
 from lora.kernels.nf4 import (
@@ -51,19 +49,7 @@ SELECTS, CACHE = 1, 2
 
 def main() -> int:
     """Print one line for each measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("nf4_unpack: there is no GPU here", file=sys.stderr)
-        return 2
-    for row in _measurements():
-        row["hardware"] = torch.cuda.get_device_name()
-        print(json.dumps(row), flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    return 0
+    return main_on_a_gpu(__doc__, _measurements())
 
 
 def _measurements() -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cpu_step import CASES as CHAR_CASES
 from cpu_step import char_batch, char_step
+from devices.rows import print_row
 from gpu_peers import peft
 from gpu_step import Shape, build_empty, build_model, build_stream
 from sweep_drift import loss_sums
@@ -279,24 +280,21 @@ def main() -> int:
                 continue
             if cell == "peft" and not is_plain:
                 continue  # its QLoRA is in gpu_step.py
-            line = _in_subprocess(case, cell, arguments.base_dtype)
-            print(line, flush=True)
-            rows.append(json.loads(line))
-            if arguments.out:
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            rows.append(_in_subprocess(case, cell, arguments.base_dtype))
+            print_row(rows[-1], arguments.out)
     print("\n".join(speed_ups(rows)), file=sys.stderr)
     return 0
 
 
-def _in_subprocess(case: str, cell: str, base_dtype: str) -> str:
+def _in_subprocess(case: str, cell: str, base_dtype: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--base-dtype", base_dtype, "--child", case, cell]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return json.dumps({"case": case, "cell": cell, "failed": failed[:300]})
-    return lines[-1]
+        return {"case": case, "cell": cell, "failed": failed[:300]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 if __name__ == "__main__":

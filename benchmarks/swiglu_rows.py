@@ -8,12 +8,12 @@ lora/kernels/step/swiglu.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from devices.rows import main_on_a_gpu
 from torch import Tensor
 
 from lora.kernels.step import swiglu
@@ -25,29 +25,21 @@ TOKENS, REPEATS = 4096, 10
 
 def main() -> int:
     """Print one line for each width: milliseconds of both, and whether their results are equal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("swiglu_rows: there is no GPU here", file=sys.stderr)
-        return 2
+    return main_on_a_gpu(__doc__, _measurements())
+
+
+def _measurements() -> Iterator[dict[str, Any]]:
     for shape, width in WIDTHS.items():
         whole_ms, whole = _measure(width, max_block=2**20)
         chunks_ms, chunks = _measure(width, max_block=0)
-        row = {
+        yield {
             "shape": shape,
             "width": width,
             "tokens": TOKENS,
             "whole_rows_ms": round(whole_ms, 3),
             "chunks_ms": round(chunks_ms, 3),
             "equal": all(map(torch.equal, whole, chunks)),
-            "hardware": torch.cuda.get_device_name(),
         }
-        print(json.dumps(row))
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    return 0
 
 
 def _measure(width: int, max_block: int) -> tuple[float, list[Tensor]]:
