@@ -18,6 +18,7 @@ from lora.decoder.families import decoder_config
 from lora.decoder.quantised.fp8 import Fp8Linear, has_fp8_base
 from lora.errors import ModelError, TargetError
 from lora.kernels.step.fp8 import FP8
+from lora.layers.quantised_model import build_quantised
 from lora.pretrained.hf_weights import load_decoder, save_decoder
 
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -91,6 +92,27 @@ def test_a_value_that_is_not_finite_is_named(folder: Path, bad: float) -> None:
     save_file(tensors, path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.*not finite, in rows 7"):
         load_decoder(folder, base=BaseWeights("fp8"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_parts_of_the_rows_have_the_codes_of_the_whole(kind: BaseDtype) -> None:
+    weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    whole = build_quantised(nn.Linear(24, 5, bias=False), "a", BaseWeights(kind))
+    whole.load(weight, "a.weight")
+    parts = [slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 5)]  # of four processes
+    found = [whole.quantise_rows(weight[whole.rows_to_read(p)], p, "a.weight") for p in parts]
+    codes = torch.cat([part.codes.view(torch.uint8) for part in found])
+    assert torch.equal(codes, whole.weight.view(torch.uint8))
+    assert sum(len(part.scales) for part in found) == whole.n_scales
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_a_value_beyond_fp32_is_not_finite_either(kind: BaseDtype) -> None:
+    weight = torch.ones(3, 4, dtype=torch.float64)
+    weight[2, 1] = -1e39
+    linear = build_quantised(nn.Linear(4, 3, bias=False), "a", BaseWeights(kind))
+    with pytest.raises(ModelError, match=rf"quantise a\.weight to {kind}.*not finite, in rows 2"):
+        linear.load(weight, "a.weight")
 
 
 def test_fresh_lora_changes_nothing_and_unwraps(folder: Path) -> None:

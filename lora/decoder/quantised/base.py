@@ -35,6 +35,8 @@ class QuantisedWeight(nn.Module):
 
     kind: ClassVar[str]
     """As in `base_dtype`."""
+    why_finite: ClassVar[str]
+    """Why a value that is not finite has no code, as a sentence."""
     packed_names: ClassVar[tuple[str, ...]]
     """The buffers beside `weight` that its values are made of."""
     in_features: int
@@ -107,6 +109,22 @@ class QuantisedWeight(nn.Module):
 
         Raises ModelError if a value is not finite.
         """
+
+    def check_finite(self, values: Tensor, name: str, first_row: int = 0) -> None:
+        """Raise ModelError if one of `values` (rows, I) is not finite in fp32.
+
+        They are the rows from `first_row` on, maybe none, of the weight that is called `name`.
+        """
+        # The host waits once per tensor. NaN is in both ends; nothing as large as the weight is
+        # made.
+        if not len(values) or bool(_finite_ends(torch.aminmax(values)).all()):
+            return
+        rows = (~_finite_ends(torch.aminmax(values, dim=1))).nonzero().flatten() + first_row
+        shown = ", ".join(map(str, rows[:8].tolist())) + (" …" if len(rows) > 8 else "")
+        raise ModelError(
+            f"Cannot quantise {name} to {self.kind}: it has values that are not finite, in rows "
+            f"{shown}. {self.why_finite} Download the weights again."
+        )
 
     @property
     @abstractmethod
@@ -214,11 +232,7 @@ def with_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def not_finite(weight: Tensor, name: str, kind: str, why: str, first_row: int = 0) -> ModelError:
-    """Return the error for a `weight` (O, I), or rows of it, that has no values in `kind`."""
-    damaged = (~torch.isfinite(weight)).any(1).nonzero().flatten() + first_row
-    shown = ", ".join(map(str, damaged[:8].tolist()))
-    return ModelError(
-        f"Cannot quantise {name} to {kind}: it has values that are not finite, in rows "
-        f"{shown}{' …' if len(damaged) > 8 else ''}. {why} Download the weights again."
-    )
+def _finite_ends(ends: Sequence[Tensor]) -> Tensor:
+    """Return whether least and largest values, which fp32 is to hold, are both finite."""
+    least, largest = ends
+    return torch.isfinite(least.float()) & torch.isfinite(largest.float())

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lora.decoder.quantised.base import (
     PackedRows,
     QuantisedWeight,
-    not_finite,
     sample_values,
     with_autocast,
 )
@@ -26,6 +25,7 @@ class Nf4Weight(QuantisedWeight):
     """Base of every layer with an nf4 weight; `weight` has two codes a byte, (O, I/2)."""
 
     kind = "nf4"
+    why_finite = "A block's scale would be infinite."
     packed_names = ("weight_scales", "weight_group_scales", "weight_offset")
     weight_scales: Tensor
     """Of the blocks: uint8 with double quantisation, else fp32."""
@@ -71,7 +71,7 @@ class Nf4Weight(QuantisedWeight):
         unpack_nf4_rows_on_device(self.packed, ids, out)
 
     def load(self, weight: Tensor, name: str) -> None:
-        _check_finite(weight, name)
+        self.check_finite(weight, name)
         packed = quantise_nf4(weight, self.block, double_quant=self.double_quant)
         if not bool(torch.isfinite(packed.offset)):
             raise ModelError(
@@ -91,7 +91,7 @@ class Nf4Weight(QuantisedWeight):
 
     def quantise_rows(self, values: Tensor, rows: slice, name: str) -> PackedRows:
         read, width = self.rows_to_read(rows), self.in_features
-        _check_finite(values, name, read.start)
+        self.check_finite(values, name, read.start)
         blocks = self._values_of_blocks(rows)
         skipped = blocks.start - read.start * width
         # As one row: what is a block of the whole weight is one here, the shorter last one too.
@@ -155,13 +155,6 @@ class Nf4Linear(Nf4Weight):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, nf4, block={self.block}, double_quant={self.double_quant}"
-
-
-def _check_finite(weight: Tensor, name: str, first_row: int = 0) -> None:
-    # The host waits once per tensor. NaN is in both ends; nothing as large as the weight is made.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
-        why = "A block's scale would be infinite."
-        raise not_finite(weight, name, "nf4", why, first_row)
 
 
 def check_even(linear: nn.Linear, name: str) -> None:

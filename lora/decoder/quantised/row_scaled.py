@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora.decoder.quantised.base import (
     PackedRows,
     QuantisedWeight,
-    not_finite,
     sample_values,
     with_autocast,
 )
@@ -28,8 +27,6 @@ class RowScaledWeight(QuantisedWeight):
     """Base of every layer with a scale for each row: value = weight · weight_scale."""
 
     code_dtype: ClassVar[torch.dtype]
-    why_finite: ClassVar[str]
-    """Why a value that is not finite has no code, as a sentence."""
     packed_names = ("weight_scale",)
     weight_scale: Tensor
     """(O, 1), fp32."""
@@ -37,21 +34,7 @@ class RowScaledWeight(QuantisedWeight):
     @classmethod
     @abstractmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes (O, I) and scales (O, 1) of `weight`; not finite where its values are not"""
-
-    @classmethod
-    def quantise_finite(
-        cls, weight: Tensor, name: str, *, first_row: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Return codes and scales of `weight` (O, I), or of its rows from `first_row` on.
-
-        Raises ModelError if a value is not finite.
-        """
-        codes, scales = cls.quantise(weight)
-        # The host waits once per tensor. A row with a value that is not finite has no scale.
-        if not bool(torch.isfinite(scales).all()) or bool(weight.isnan().any()):
-            raise not_finite(weight, name, cls.kind, cls.why_finite, first_row)
-        return codes, scales
+        """Return codes (O, I) and scales (O, 1) of `weight`, whose values are finite."""
 
     def make_empty(self, linear: nn.Linear) -> None:
         """Changes this layer in place: it gets the sizes and the bias of `linear`, no values."""
@@ -70,7 +53,8 @@ class RowScaledWeight(QuantisedWeight):
         out.copy_(self.weight[rows].float() * self.weight_scale[rows])
 
     def load(self, weight: Tensor, name: str) -> None:
-        codes, scales = self.quantise_finite(weight, name)
+        self.check_finite(weight, name)
+        codes, scales = self.quantise(weight)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale, self.sample = scales, sample_values(weight)
         self.value_dtype = weight.dtype
@@ -81,7 +65,8 @@ class RowScaledWeight(QuantisedWeight):
 
     def quantise_rows(self, values: Tensor, rows: slice, name: str) -> PackedRows:
         # Rows are quantised one by one, so that a part of them gets the codes of the whole.
-        codes, scales = self.quantise_finite(values, name, first_row=rows.start)
+        self.check_finite(values, name, rows.start)
+        codes, scales = self.quantise(values)
         return PackedRows(codes, scales.flatten(), rows.start)
 
     def set_scales(self, scales: Tensor) -> None:
