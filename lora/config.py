@@ -453,8 +453,9 @@ class BaseWeights(Settings):
         if given and self.base_dtype != "nf4":
             shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise ConfigError(
-                f"Cannot use {shown} with base_dtype={self.base_dtype!r}: it is for a base in nf4. "
-                "Add base_dtype=nf4, or leave it out."
+                f"Cannot use {shown} with base_dtype={self.base_dtype!r}: it is for a base that is "
+                "quantised to nf4 here. Add base_dtype=nf4, or leave it out; a model that is in 4 "
+                "bits already has its own settings."
             )
 
     @property

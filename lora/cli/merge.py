@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import DEVICE, MODEL, OUTPUT
-from lora.cli.flags.shared import Implementation, MergedBase, Model, Overwrite, open_adapter
+from lora.cli.flags.shared import (
+    Implementation,
+    Json,
+    MergedBase,
+    Model,
+    Overwrite,
+    open_adapter,
+)
+from lora.runs.typed_json import json_text
 from lora.terminal import print_line, print_note
+
+if TYPE_CHECKING:
+    from lora.export.merged import MergedModel
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16", "nf4"] | None,
@@ -38,12 +50,14 @@ def merge(
     base_dtype: MergedBase = "auto",
     device: MergeDevice = "cpu",
     overwrite: Overwrite = False,
+    json: Json = False,
 ) -> int:
     """Merge an adapter into its base model, compare the logits, and save the result.
 
     For example:
 
         lora merge runs/orders/adapter merged
+        lora merge runs/orders/adapter merged --dtype bfloat16 --json
 
     The base's generation settings, tokenizer settings and chat templates are kept.
     After training over nf4 or fp8, the values of that base are merged; --base-dtype
@@ -71,6 +85,14 @@ def merge(
         implementation=implementation,
         overwrite=overwrite,
     )
+    if json:
+        print(json_text({"out": str(out), **asdict(merged)}))
+    else:
+        _print(merged, out)
+    return 0
+
+
+def _print(merged: MergedModel, out: Path) -> None:
     over = "" if merged.over is None else f", over the values of {merged.over}"
     allowed = "" if merged.tolerance is None else f" (allowed {merged.tolerance:.0e})"
     print_line(
@@ -82,4 +104,3 @@ def merge(
             f"note: the logits differ by {merged.base_change:.1e} from those over the base that "
             "the adapter was trained over, which has other values"
         )
-    return 0

@@ -103,6 +103,14 @@ def test_the_original_values_are_merged_on_request_and_the_change_is_said(
     torch.testing.assert_close(logits(load_decoder(tmp_path / "out"), ids), plain)
     far = change(plain, logits(adapted(tiny_folder, adapter, NF4), ids))
     assert f"logits differ by {far:.1e} from those over the base that" in capsys.readouterr().err
+    assert main(["merge", str(adapter), str(tmp_path / "again"), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["base_change"] == pytest.approx(far, rel=1e-3)
+    assert 0 <= found["relative_error"] <= found["tolerance"]
+    seen = {name: found[name] for name in ("out", "layers", "dtypes", "over")}
+    dtypes, n_layers = ["float32"], len(lora_layers(adapted(tiny_folder, adapter)))
+    out = str(tmp_path / "again")
+    assert seen == {"out": out, "layers": n_layers, "dtypes": dtypes, "over": None}
     with pytest.raises(ConfigError, match=r"base_dtype='nf5'\. Allowed: auto.*mean 'nf4'"):
         merged(tiny_folder, adapter, tmp_path / "other", base_dtype="nf5")
 
