@@ -120,7 +120,7 @@ def test_a_run_cannot_be_resumed_over_another_base(
         (lambda job: replace(job, nf4_block=48), r"nf4_block=48: must be one of 32, 64"),
         (
             lambda job: replace(job, base_dtype="auto", nf4_double_quant=False),
-            r"nf4_double_quant=False with base_dtype='auto'.*Add base_dtype=nf4.*already has its own",
+            r"nf4_double_quant=False with base_dtype='auto'.*Add base_dtype=nf4.*already has its",
         ),
         (
             lambda job: replace(
