@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora.errors import ModelError
 from lora.kernels.matmul import matmul_nt, round_rows
 
 IGNORE = -100
@@ -109,7 +110,7 @@ def linear_cross_entropy(
             HeadRows a slice is in memory at once.
         labels: (N,) int64, each 0 … V − 1, or −100 for a token without a target.
         chunk_tokens: at most chunk_tokens × V logits exist at once.
-        bias: (V,), of the same dtype; added to the logits.
+        bias: (V,), of the same dtype; added to the logits. With HeadRows it is frozen.
         transform: a factor and a cap of the logits.
 
     Returns the loss in nats () in fp32 (fp64 for fp64 inputs; so is the log-sum-exp) and the
@@ -132,9 +133,14 @@ def learned_cross_entropy(
     transform: LogitTransform = AS_THEY_ARE,
 ) -> Tensor:
     """Return the summed cross-entropy () of tokens that all have a target; see above."""
-    trains_head = isinstance(weight, Tensor) and weight.requires_grad
-    trains_head |= bias is not None and bias.requires_grad
+    trains_bias = bias is not None and bias.requires_grad
+    trains_head = trains_bias or (isinstance(weight, Tensor) and weight.requires_grad)
     if torch.is_grad_enabled() and (hidden.requires_grad or trains_head):
+        if trains_bias and not isinstance(weight, Tensor):
+            raise ModelError(
+                "Cannot train the bias of a packed output head: by chunks of the vocabulary its "
+                "gradient is not computed. Freeze the bias, or leave the head unpacked."
+            )
         loss_sum: Tensor = _LinearCrossEntropy.apply(
             hidden, weight, labels, chunk_tokens, bias, transform
         )

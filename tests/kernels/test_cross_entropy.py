@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora.errors import ModelError
 from lora.kernels import cross_entropy
 from lora.kernels.cross_entropy import (
     IGNORE,
@@ -242,3 +243,15 @@ def test_of_a_packed_weight_slices_are_read(
         alone, _ = linear_cross_entropy(hidden, packed, labels, chunk_tokens=5, **own)
     assert relative(alone, wanted) < 1e-10
     assert packed.most == 20
+
+
+def test_a_packed_weight_with_a_bias_that_trains_is_refused() -> None:
+    hidden, weight, labels = make_inputs(torch.float64)
+    bias = weight[:, 0].detach().requires_grad_()
+    packed = PackedRows(weight.detach())
+    with pytest.raises(ModelError, match="bias of a packed output head"):
+        linear_cross_entropy(hidden, packed, labels, bias=bias)
+    wanted, _ = plain_linear_cross_entropy(hidden, weight, labels, bias=bias)
+    with torch.no_grad():
+        loss, _ = linear_cross_entropy(hidden, packed, labels, bias=bias)
+    assert relative(loss, wanted) < 1e-10
