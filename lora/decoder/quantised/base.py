@@ -173,6 +173,16 @@ class QuantisedWeight(nn.Module):
         return twin.train(self.training)
 
 
+class QuantisedLinear(QuantisedWeight):
+    """Base of the frozen linears without LoRA."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
+        return self.multiply(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
 def quantised_modules(model: nn.Module) -> dict[str, QuantisedWeight]:
     """Return by name the modules of `model` whose weight is quantised, with or without LoRA."""
     found = model.named_modules()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora.decoder.quantised.row_scaled import RowScaledWeight
+from lora.decoder.quantised.row_scaled import RowScaledLinear, RowScaledWeight
 from lora.kernels.step.fp8 import FP8, Fp8Rows
 
 
@@ -27,22 +27,8 @@ class Fp8Weight(RowScaledWeight):
         return self.twin_of(Fp8Linear)
 
 
-class Fp8Linear(Fp8Weight):
-    """A frozen fp8 linear, without values until `load`.
-
-    Args:
-        linear: the one that it replaces, with its sizes, bias and device.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.make_empty(linear)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        return self.multiply(x)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, fp8"
+class Fp8Linear(RowScaledLinear, Fp8Weight):
+    """A frozen fp8 linear, without values until `load`."""
 
 
 def has_fp8_base(model: nn.Module) -> bool:

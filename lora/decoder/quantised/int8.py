@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora.decoder.quantised.row_scaled import RowScaledWeight
+from lora.decoder.quantised.row_scaled import RowScaledLinear, RowScaledWeight
 from lora.kernels.int8 import quantise_int8
 from lora.kernels.unpack.int8 import unpack_int8_on_device
 
@@ -30,19 +30,5 @@ class Int8Weight(RowScaledWeight):
         return self.twin_of(Int8Linear)
 
 
-class Int8Linear(Int8Weight):
-    """A frozen int8 linear, without values until `load`.
-
-    Args:
-        linear: the one that it replaces, with its sizes, bias and device.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.make_empty(linear)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        return self.multiply(x)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+class Int8Linear(RowScaledLinear, Int8Weight):
+    """A frozen int8 linear, without values until `load`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import (
     PackedRows,
+    QuantisedLinear,
     QuantisedWeight,
     sample_values,
     with_autocast,
@@ -125,7 +126,7 @@ class Nf4Weight(QuantisedWeight):
         return self.twin_of(Nf4Linear)
 
 
-class Nf4Linear(Nf4Weight):
+class Nf4Linear(QuantisedLinear, Nf4Weight):
     """A frozen nf4 linear, without values until `load`.
 
     Args:
@@ -149,12 +150,8 @@ class Nf4Linear(Nf4Weight):
         self.register_buffer("weight_group_scales", groups)
         self.register_buffer("weight_offset", like.new_empty((), dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
-        return self.multiply(x)
-
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, nf4, block={self.block}, double_quant={self.double_quant}"
+        return f"{super().extra_repr()}, block={self.block}, double_quant={self.double_quant}"
 
 
 def check_even(linear: nn.Linear, name: str) -> None:

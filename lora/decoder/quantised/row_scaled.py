@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.base import (
     PackedRows,
+    QuantisedLinear,
     QuantisedWeight,
     sample_values,
     with_autocast,
@@ -35,14 +36,6 @@ class RowScaledWeight(QuantisedWeight):
     @abstractmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes (O, I) and scales (O, 1) of `weight`, whose values are finite."""
-
-    def make_empty(self, linear: nn.Linear) -> None:
-        """Changes this layer in place: it gets the sizes and the bias of `linear`, no values."""
-        self.take_sizes(linear)
-        codes = torch.empty_like(linear.weight, dtype=self.code_dtype)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        scales = codes.new_empty(len(codes), 1, dtype=torch.float32)
-        self.register_buffer("weight_scale", scales)
 
     def multiply(self, x: Tensor) -> Tensor:  # (..., I) -> (..., O)
         y: Tensor = _Multiply.apply(with_autocast(x), self.weight, self.weight_scale)
@@ -71,6 +64,22 @@ class RowScaledWeight(QuantisedWeight):
 
     def set_scales(self, scales: Tensor) -> None:
         self.weight_scale = scales[:, None]
+
+
+class RowScaledLinear(QuantisedLinear, RowScaledWeight):
+    """Base of the frozen linears with a scale for each row, without values until `load`.
+
+    Args:
+        linear: the one that it replaces, with its sizes, bias and device.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.take_sizes(linear)
+        codes = torch.empty_like(linear.weight, dtype=self.code_dtype)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        scales = codes.new_empty(len(codes), 1, dtype=torch.float32)
+        self.register_buffer("weight_scale", scales)
 
 
 class _Multiply(torch.autograd.Function):
