@@ -44,8 +44,7 @@ from lora.settings.former_names import with_former_names
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 MemoryMode = Literal["auto", "none", "cheap", "full", "full+offload"]
-BaseDtype = Literal["auto", "fp8", "nf4", "int8"]
-AnswerDtype = Literal["auto", "fp8", "nf4", "int8", "original"]
+BaseDtype = Literal["auto", "fp8", "nf4", "int8", "original"]
 ImplementationName = Literal["auto", "native", "transformers"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 LearnOn = Literal["assistant", "all"]
@@ -422,11 +421,13 @@ class BaseWeights(Settings):
     """How the frozen linears of the base are stored."""
 
     base_dtype: BaseDtype = field(default="auto", metadata=DEVICE)
-    """Storage dtype of the frozen linears: nf4 (4 bits, QLoRA), fp8, int8, or auto, the compute
-    dtype.
+    """Frozen linears in nf4 (QLoRA), fp8, int8, original (plain), or auto: as stored, or as in
+    from_adapter.
 
     nf4 is a quarter of bf16 (bitsandbytes' format), fp8 half of it (float8_e4m3 with a scale per
-    output; fast on H100 and H200), int8 too (a scale per output; for CPUs and older GPUs)."""
+    output; fast on H100 and H200), int8 too (a scale per output; for CPUs and older GPUs).
+    original is the compute dtype. So is auto, except for files in 4 bits, which stay as they are,
+    and with from_adapter, where it is what that adapter was trained over."""
     nf4_block: int = field(default=64, metadata=DEVICE)
     """Values of an nf4 weight that share a scale: a power of two from 32 to 4096."""
     nf4_double_quant: bool = field(default=True, metadata=DEVICE)
@@ -461,7 +462,7 @@ class BaseWeights(Settings):
     @property
     def is_quantised(self) -> bool:
         """Whether the frozen linears are stored as codes and scales."""
-        return self.base_dtype != "auto"
+        return self.base_dtype not in ("auto", "original")
 
     @property
     def nf4_settings(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora.adapters.bases.rules import TrainedBase, read_trained_base
 from lora.adapters.peft_files import read_metadata
-from lora.config import AnswerDtype, BaseWeights
+from lora.config import BaseDtype, BaseWeights
 from lora.decoder.quantised.record import BaseQuantisation
 from lora.pretrained.quantised.folder import check_answer_dtype, is_folder_in_4bit
 
@@ -28,7 +28,7 @@ AS_STORED = MergedValues()
 """As in the files, which is what the adapter was trained over, or nothing tells."""
 
 
-def choose_values(asked: AnswerDtype, adapter: Path | None, folder: Path) -> MergedValues:
+def choose_values(asked: BaseDtype, adapter: Path | None, folder: Path) -> MergedValues:
     """Return the values of the base in `folder` that an adapter is merged into, in a directory.
 
     Without an adapter, those of the files, or rounded as asked. Raises ConfigError for a word that
@@ -53,7 +53,7 @@ def _trained(adapter: Path | None) -> TrainedBase:
         return TrainedBase(None, None)
 
 
-def _default(dtype: AnswerDtype) -> BaseQuantisation:
+def _default(dtype: BaseDtype) -> BaseQuantisation:
     """Return the usual settings of a kind, as other tools train over it: in bf16."""
     if dtype != "nf4":
         return BaseQuantisation(dtype, compute_dtype="bfloat16")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from lora.config import AnswerDtype, ImplementationName
+from lora.config import BaseDtype, ImplementationName
 from lora.data.prompting.prompt_format import save_prompt_format
 from lora.data.tokenizers.subword import TextTokenizer, load_tokenizer
 from lora.decoder.language_model import LanguageModel
@@ -47,7 +47,7 @@ def export(
     adapter: str | Path | None = None,
     dtype: GGUFType = "f16",
     implementation: ImplementationName = "auto",
-    base_dtype: AnswerDtype = "auto",
+    base_dtype: BaseDtype = "auto",
     overwrite: bool = False,
 ) -> GGUFReport:
     """Write a model as the GGUF file `out`, with the adapter merged, and verify what was written.
@@ -117,7 +117,7 @@ def merge(
     dtype: MergedDtype | None = None,
     device: str = "cpu",
     implementation: ImplementationName = "auto",
-    base_dtype: AnswerDtype = "auto",
+    base_dtype: BaseDtype = "auto",
     requantise: bool = False,
     overwrite: bool = False,
 ) -> MergedModel:

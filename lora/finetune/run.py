@@ -55,6 +55,7 @@ from lora.finetune.model import load_model, save_model, save_start
 from lora.finetune.outline import outline
 from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
+from lora.inference.base_weights import base_of_training
 from lora.inference.checkpoints.find import find_adapter
 from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, implementation_to_resume
@@ -234,6 +235,14 @@ def _settled(
     settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
     asked, is_full = settled.base_weights, settled.is_full
     base = settled_base(source.folder, asked, progress.message, is_full=is_full)
+    if job.from_adapter is not None and asked.base_dtype == "auto" and not base.is_quantised:
+        adapter = job.from_adapter
+        base = world.on_main(lambda: base_of_training(adapter), "the base of the adapter")
+        if base.is_quantised:
+            progress.message(
+                f"base: in {base.base_dtype}, as {adapter} was trained; unquantised with "
+                "--base-dtype original"
+            )
     settled = replace(settled, **vars(base))
     _check_native_only(settled, source, settled.implementation)
     return settled

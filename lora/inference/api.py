@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lora.config import AnswerDtype, DataConfig, ImplementationName, SamplingConfig
+from lora.config import BaseDtype, DataConfig, ImplementationName, SamplingConfig
 from lora.data.chat.choose_template import choose_template
 from lora.data.chat.prompts import chat_prompt
 from lora.data.prompting.ask import Asker
@@ -50,7 +50,7 @@ def load_model(
     *,
     device: str = "auto",
     implementation: ImplementationName = "auto",
-    base_dtype: AnswerDtype = "auto",
+    base_dtype: BaseDtype = "auto",
 ) -> tuple[LanguageModel, TextTokenizer]:
     """Return a model ready to answer, with an adapter on it if one is given, and its tokenizer.
 

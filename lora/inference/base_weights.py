@@ -16,7 +16,7 @@ from lora.adapters.bases.linears import weights_of
 from lora.adapters.bases.rules import read_trained_base
 from lora.adapters.bases.unpack import round_base, unpack_base
 from lora.adapters.peft_files import read_metadata
-from lora.config import AnswerDtype, BaseWeights, ImplementationName
+from lora.config import BaseDtype, BaseWeights, ImplementationName
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised.base import base_kind, quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
@@ -46,7 +46,7 @@ class AnswerBase:
 
 
 def choose_answer_base(
-    asked: AnswerDtype,
+    asked: BaseDtype,
     adapter: Path | None,
     folder: Path,
     choice: DeviceChoice,
@@ -78,6 +78,16 @@ def trained_quantisation(adapter: Path) -> BaseQuantisation | None:
         return read_trained_base(read_metadata(adapter)).quantisation
     except ValueError:  # said where the adapter is loaded
         return None
+
+
+def base_of_training(adapter: Path) -> BaseWeights:
+    """Return how plain files are stored to have the values that an adapter was trained over.
+
+    As they are where nothing tells, or some linears of the blocks were kept plain: settings do not
+    name these.
+    """
+    trained = trained_quantisation(adapter)
+    return BaseWeights() if trained is None or trained.kept else weights_of(trained)
 
 
 def is_over_4bit_folder(adapter: Path) -> bool:

@@ -11,7 +11,7 @@ from lora.runs.outputs import input_paths
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lora.config import AnswerDtype, DataConfig, ImplementationName
+    from lora.config import BaseDtype, DataConfig, ImplementationName
     from lora.data.tokenizers.subword import TextTokenizer
     from lora.decoder.language_model import LanguageModel
     from lora.device import DeviceChoice
@@ -44,7 +44,7 @@ def load_model(
     adapter: Path | None,
     device: str = "auto",
     implementation: ImplementationName = "auto",
-    base_dtype: AnswerDtype = "auto",
+    base_dtype: BaseDtype = "auto",
 ) -> LoadedModel:
     """Return the model called `name` with `adapter` on it, and its tokenizer.
 

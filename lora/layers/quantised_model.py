@@ -27,10 +27,10 @@ def use_quantised_linears(
 
     Norms and biases keep their dtype, the embedding and the output head too unless
     `base.nf4_embeddings` says otherwise; so do linears whose weights are not named in `only`.
-    Nothing changes where `base.base_dtype` is auto. Raises ModelError for a linear that the dtype
+    Nothing changes where `base` is not quantised. Raises ModelError for a linear that the dtype
     cannot hold.
     """
-    if base.base_dtype == "auto":
+    if not base.is_quantised:
         return
     names = {id(module): name for name, module in model.named_modules()}
     blocks = model.trunk.blocks()

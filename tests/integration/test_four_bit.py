@@ -92,6 +92,8 @@ def test_what_it_cannot_be_is_refused_before_it_is_read(job: FinetuneJob) -> Non
         finetune(full)
     with pytest.raises(ConfigError, match=r"base_dtype='fp8' with .*base_dtype=auto"):
         finetune(replace(job, base_dtype="fp8"))
+    with pytest.raises(ConfigError, match=r"base_dtype='original' with .*there are no others"):
+        finetune(replace(job, base_dtype="original"))
     with pytest.raises(ConfigError, match=r"nf4_block=128 with .*nf4_block=64"):
         finetune(replace(job, base_dtype="nf4", nf4_block=128))
     assert not job.directory.exists()

@@ -20,9 +20,21 @@ from lora.finetune import FinetuneJob, finetune
 from lora.finetune import run as run_module
 from lora.pretrained.hf_weights import load_decoder
 from lora.runs.disk import read_json, read_rows
+from lora.runs.progress import NoProgress
+from lora.runs.read_record import read_run_record
 
 NF4 = BaseWeights("nf4")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+class Messages(NoProgress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def message(self, message: str) -> None:
+        self.said.append(message)
 
 
 @pytest.fixture
@@ -84,6 +96,28 @@ def test_its_adapter_loads_on_any_base_and_trains_on(job: FinetuneJob, tiny_fold
     again = finetune(more)
     first = next(row for row in read_rows(again.folder / "metrics.jsonl") if "eval_loss" in row)
     assert first["eval_loss"] == pytest.approx(done.result.eval_loss, rel=1e-6)
+
+
+def test_an_adapter_is_trained_on_over_the_base_that_it_had(
+    job: FinetuneJob, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = replace(job, train=replace(job.train, steps=1), run=replace(job.run, samples=0))
+    first = finetune(replace(short, nf4_block=32, nf4_double_quant=False, nf4_embeddings=True))
+    more = replace(short, lora=None, from_adapter=first.saved)
+    records = {}
+    for word in ("auto", "original", "int8"):
+        own = replace(more, base_dtype=word, run=replace(more.run, name=word))
+        messages = Messages()
+        caplog.clear()
+        done = finetune(own, messages)
+        is_said = any(f"as {first.saved} was trained" in each for each in messages.said)
+        assert is_said == (word == "auto")
+        assert ("was trained over" in caplog.text) == (word != "auto")
+        finetune(replace(own, train=replace(own.train, steps=2), resume=True))
+        records[word] = read_run_record(done.folder)
+    settings = {"nf4_block": 32, "nf4_double_quant": False, "nf4_embeddings": True}
+    assert (records["auto"].base_dtype, records["auto"].nf4) == ("nf4", settings)
+    assert [records[word].base_dtype for word in ("original", "int8")] == [None, "int8"]
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(job: FinetuneJob, tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def test_a_checkpoint_and_a_continued_run_name_the_base_too(
         settings: dict[str, Any] = {"steps": 1, "batch_size": 2, "max_length": 128}
         settings |= {"from_adapter": done.saved, "out": str(done.folder.parent)}
         lora.finetune(str(orders_file), name="same", base_dtype="nf4", nf4_block=32, **settings)
+        lora.finetune(str(orders_file), name="auto", **settings)
         assert "trained over" not in " ".join(caplog.messages)
-        lora.finetune(str(orders_file), name="plain", **settings)
+        lora.finetune(str(orders_file), name="plain", base_dtype="original", **settings)
     assert "trained over a base in nf4 (blocks of 32" in " ".join(caplog.messages)
 
 

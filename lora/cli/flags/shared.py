@@ -18,7 +18,7 @@ from lora.cli.flags.from_fields import (
     flags_from,
 )
 from lora.config import (
-    AnswerDtype,
+    BaseDtype,
     BaseWeights,
     DataConfig,
     ImplementationName,
@@ -75,7 +75,7 @@ System = Annotated[
     str | None, Parameter(group=GENERATION, help="System prompt. Default: as in training.")
 ]
 AnswerBase = Annotated[
-    AnswerDtype,
+    BaseDtype,
     Parameter(
         group=DEVICE,
         help="Base's linears: auto (as trained over, unpacked if they fit); nf4, int8, fp8: "
@@ -83,7 +83,7 @@ AnswerBase = Annotated[
     ),
 ]
 MergedBase = Annotated[
-    AnswerDtype,
+    BaseDtype,
     Parameter(
         group=MODEL,
         help="Values to merge into: auto (as trained over), original (unquantised), or a kind.",

@@ -206,7 +206,7 @@ def check_method(given: dict[str, Any]) -> None:
             "an adapter that is trained on has its own settings. Leave some out."
         )
     kind = given.get("base_dtype", "auto")
-    if "full" in given and kind != "auto":
+    if "full" in given and kind not in ("auto", "original"):
         raise ConfigError(
             f"Cannot use base_dtype={kind!r} with full fine-tuning: updates of weights in {kind} "
             "would be rounded away. Train with LoRA, or leave base_dtype out."

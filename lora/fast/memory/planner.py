@@ -362,4 +362,5 @@ def _base_dtype(inputs: PlanInputs) -> torch.dtype:
 def _slack(inputs: PlanInputs, traced: StepMemory) -> int:
     if inputs.device_type == "cuda":  # its peak counts live tensors, not what is cached or split
         return 0
-    return round(CPU_SLACK[inputs.base.base_dtype] * (traced.activations + traced.loss))
+    stored = inputs.base.base_dtype if inputs.base.is_quantised else "auto"
+    return round(CPU_SLACK[stored] * (traced.activations + traced.loss))

@@ -103,9 +103,11 @@ def settled_base(
     return settled
 
 
-def _settled(found: FolderIn4Bit | None, asked: BaseWeights, *, is_full: bool) -> BaseWeights:
+def _settled(
+    found: FolderIn4Bit | None, asked: BaseWeights, *, is_full: bool = False
+) -> BaseWeights:
     if found is None:
-        return asked
+        return asked if asked.is_quantised else BaseWeights()
     if is_full:
         raise ConfigError(
             f"Cannot train all weights of {found.folder}: it is in 4 bits already (bitsandbytes), "
@@ -120,7 +122,8 @@ def planned_base(folder: Path, asked: BaseWeights) -> tuple[BaseWeights, frozens
     None: all of the blocks' linears. config.json is enough. Raises as `settled_base` does.
     """
     found = find_4bit(folder, needs_weights=False)
-    return (asked, None) if found is None else (found.settled(asked), found.packed or None)
+    only = None if found is None else found.packed or None
+    return _settled(found, asked), only
 
 
 def check_base(

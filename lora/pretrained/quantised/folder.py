@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from lora.config import AnswerDtype, BaseWeights
+from lora.config import BaseDtype, BaseWeights
 from lora.errors import ConfigError, ModelError, did_you_mean, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.load.architectures import describe_architecture
@@ -39,6 +39,8 @@ class FolderIn4Bit:
         """Return how the base is stored. Raises ConfigError for settings that it does not have."""
         if asked.base_dtype == "auto" or asked == self.base:
             return self.base
+        if asked.base_dtype == "original":
+            raise ConfigError(_no_others(self.folder, asked.base_dtype))
         own, seen = vars(self.base), vars(asked)
         wrong = [f"{name}={value!r}" for name, value in seen.items() if own[name] != value]
         has = ", ".join(f"{name}={own[name]!r}" for name in own if seen[name] != own[name])
@@ -77,22 +79,26 @@ def find_4bit(folder: Path, *, needs_weights: bool = True) -> FolderIn4Bit | Non
 
 def check_answer_dtype(asked: str) -> None:
     """Raise ConfigError for a word that is no base dtype to answer with."""
-    allowed = get_args(AnswerDtype)
+    allowed = get_args(BaseDtype)
     if asked not in allowed:
         near = did_you_mean(str(asked), allowed)
         raise ConfigError(f"Cannot use base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}")
 
 
-def is_folder_in_4bit(folder: Path, asked: AnswerDtype) -> bool:
+def is_folder_in_4bit(folder: Path, asked: BaseDtype) -> bool:
     """Whether the weights in `folder` are in 4 bits. Raises ConfigError if others are asked for."""
     if find_4bit(folder) is None:
         return False
     if asked not in ("auto", "nf4"):
-        raise ConfigError(
-            f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and there "
-            "are no others. Allowed: auto, nf4. Or name the model that it was made from."
-        )
+        raise ConfigError(_no_others(folder, asked))
     return True
+
+
+def _no_others(folder: Path, asked: str) -> str:
+    return (
+        f"Cannot use base_dtype={asked!r} with {folder}: its weights are in 4 bits, and there "
+        "are no others. Allowed: auto, nf4. Or name the model that it was made from."
+    )
 
 
 def describe_packed(folder: Path, packed: Mapping[str, StoredNf4]) -> FolderIn4Bit:

@@ -60,7 +60,10 @@ def finetune_settings(record: RunRecord, name: str, *, defaults: bool = False) -
         found["full"] = True
     else:
         found |= _changed(record.lora, LoRAConfig, defaults=defaults)
-    found |= _base(record.base_dtype, record.nf4, defaults=defaults)
+    stored = record.base_dtype
+    if record.from_adapter is not None and stored is None:
+        stored = "original"  # else the base of that adapter's training would be taken
+    found |= _base(stored, record.nf4, defaults=defaults)
     found |= _implementation(record.implementation, defaults=defaults)
     if record.deterministic:
         found["deterministic"] = True

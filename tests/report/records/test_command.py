@@ -80,6 +80,16 @@ def test_the_command_of_a_finetune_asks_for_the_same(
     assert parsed(str(together)) == {**found, "devices": 4}
 
 
+def test_the_command_of_a_continued_adapter_names_a_base_that_was_not_quantised(
+    tmp_path: Path,
+) -> None:
+    asked = {"from_adapter": "runs/q", "train": asdict(TrainConfig()), "data": DATA}
+    assert "--base-dtype original" in str(finetune_command(record(tmp_path, asked), "b"))
+    (tmp_path / "over").mkdir()
+    over = record(tmp_path / "over", {**asked, "base_dtype": "nf4", "nf4": {"nf4_block": 32}})
+    assert "--base-dtype nf4 --nf4-block 32" in str(finetune_command(over, "b"))
+
+
 def test_the_command_of_a_sweep_asks_for_the_same(tmp_path: Path) -> None:
     grid = Grid(rank=(4, 8), learning_rate=(3e-4, 1e-3), alpha=("2r",), seed=(0, 1))
     lora, train = asdict(LoRAConfig(rslora=True)), asdict(TrainConfig(steps=9))
