@@ -11,19 +11,11 @@ import json
 import sys
 
 import torch
-from gpu_step import (
-    CASES,
-    OURS,
-    RANK,
-    base_and_mode,
-    build_model,
-    build_steps,
-    build_stream,
-    fit_mode,
-)
+from one_gpu.cases import CASES, OURS
+from one_gpu.models import build_stream
+from one_gpu.ours import build_adapted, build_steps, fit_mode
 
-from lora.adapters.apply import apply_lora
-from lora.config import LoRAConfig, TrainConfig
+from lora.config import TrainConfig
 from lora.device import choose_device
 from lora.fast.runner import DeviceStepRunner
 
@@ -39,16 +31,9 @@ def main() -> int:
     parser.add_argument("--kernels", type=int, default=25, help="rows of the table")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel")
     arguments = parser.parse_args()
-    shape, full = CASES[arguments.case], arguments.variant == "ours_full"
-    dtype = torch.float32 if full else torch.bfloat16
-    base, _ = base_and_mode(arguments.variant)
-    model = build_model(shape, dtype, base=base)
-    if full:
-        model.requires_grad_(True)
-    else:
-        apply_lora(model, LoRAConfig(rank=RANK, alpha=2.0 * RANK, init_seed=0))
-    choice = choose_device("cuda")
-    fit = None if full else fit_mode(shape, arguments.variant)
+    shape, choice = CASES[arguments.case], choose_device("cuda")
+    model = build_adapted(shape, arguments.variant, choice.compute_dtype)
+    fit = None if arguments.variant == "ours_full" else fit_mode(shape, arguments.variant)
     config = TrainConfig(steps=200, batch_size=shape.rows, seed=0)
     steps = build_steps(model, choice, arguments.variant, fit, config)
     assert isinstance(steps, DeviceStepRunner)

@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 from devices.rows import print_row
-from gpu_step import CASES, RANK, Shape, build_empty, build_model, build_stream
+from one_gpu.cases import CASES, RANK, Shape
+from one_gpu.models import build_empty, build_model, build_stream
 
 from lora.adapters.apply import apply_lora
 from lora.config import BaseWeights, LoRAConfig, MemoryConfig, TrainConfig

@@ -37,7 +37,8 @@ from cpu_step import CASES as CHAR_CASES
 from cpu_step import char_batch, char_step
 from devices.rows import print_row
 from gpu_peers import peft
-from gpu_step import Shape, build_empty, build_model, build_stream
+from one_gpu.cases import Shape
+from one_gpu.models import build_empty, build_model, build_stream
 from sweep_drift import loss_sums
 
 from lora.adapters.apply import apply_lora

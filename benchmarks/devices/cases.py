@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gpu_step import CASES as ONE_DEVICE
-from gpu_step import Shape
+from one_gpu.cases import CASES as ONE_DEVICE
+from one_gpu.cases import Shape
 
 from lora.config import BaseWeights
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_step import Shape, build_stream
+from one_gpu.cases import Shape
+from one_gpu.models import build_stream
 
 from devices.cases import Case
 from devices.profile import kernels_of, summarise

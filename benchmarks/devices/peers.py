@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from gpu_peers import add_peft, build_theirs, use_liger
-from gpu_step import RANK, Shape
+from one_gpu.cases import RANK, Shape
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor

@@ -28,7 +28,10 @@ from devices.cases import Case
 
 Task = Callable[[Case, Any, bool], dict[str, Any]]
 """(case, world, smoke) -> what one rank measured; a function of an importable module."""
-PRELOADED = ["torch", "gpu_step", "transformers.models.llama.modeling_llama", "lora.finetune.run"]
+PRELOADED = [
+    *("torch", "one_gpu.ours"),
+    *("transformers.models.llama.modeling_llama", "lora.finetune.run"),
+]
 """Imported once, in the process that the others are forked from; none of them touches a GPU."""
 END_S = 20
 """For processes to end after all have written what they measured."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from gpu_step import Shape, build_empty
+from one_gpu.cases import Shape
+from one_gpu.models import build_empty
 from torch import Tensor
 
 from devices.cases import Case

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_step import RANK
+from one_gpu.cases import RANK
 from plan_memory import WORDS, make_folder
 
 from devices.cases import Case

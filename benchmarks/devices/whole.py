@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from gpu_peers import build_theirs
-from gpu_step import RANK, Shape, build_empty, build_model
+from one_gpu.cases import RANK, Shape
+from one_gpu.models import build_empty, build_model
 
 from devices.cases import Case
 from lora.adapters.apply import apply_lora

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from devices.cases import Case
-from gpu_step import Shape
+from one_gpu.cases import Shape
 
 QWEN3_06B: dict[str, Any] = {
     "model_type": "qwen3",

@@ -12,7 +12,8 @@ from devices.peers import measure
 from devices.tasks import probe
 from devices.whole import plan_case
 from gpu_peers import PeerMissing, add_peft, build_theirs, use_liger
-from gpu_step import RANK, Shape, build_empty
+from one_gpu.cases import RANK, Shape
+from one_gpu.models import build_empty
 from sweep_speed import gpu_one, gpu_together
 
 from families.cases import SWEEP, Cell

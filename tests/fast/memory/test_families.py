@@ -91,7 +91,7 @@ def test_plans_are_near_the_peaks_of_a_gpu(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     shape = importlib.import_module("families.cases").SHAPES[row["shape"]]
-    empty = importlib.import_module("gpu_step").build_empty(shape).bfloat16()
+    empty = importlib.import_module("one_gpu.models").build_empty(shape).bfloat16()
     loras = [LoRAConfig(rank=16, alpha=32.0, init_seed=k) for k in range(4)]
     sizes = shape.rows, shape.tokens
     if row["variant"] == "sweep_4":

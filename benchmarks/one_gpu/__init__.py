@@ -1,0 +1,1 @@
+"""Cases, models and our own step of `gpu_step.py`: training steps on one GPU."""
