@@ -86,9 +86,9 @@ def _check_writes_nothing(out: Path | None, dtype: str, base_dtype: str, overwri
 
 
 def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
+    from lora.adapters.bases.rules import trained_base_of
     from lora.errors import AdapterError, ConfigError, gather
     from lora.export.vllm import check_adapter_for_vllm, find_base, vllm_command
-    from lora.inference.base_weights import is_over_4bit_folder, trained_quantisation
     from lora.pretrained.sources import find_model
 
     if adapter is None:
@@ -106,12 +106,13 @@ def _check_for_vllm(adapter: Path | None, model: str | None) -> int:
     if base is None:
         note = "note: the adapter's layers were not compared with its base; name it with --model"
         print_note(note)
-    trained = trained_quantisation(adapter)
-    has_own_values = model is None and is_over_4bit_folder(adapter)
-    if trained is not None and not has_own_values:
+    trained = trained_base_of(adapter)
+    has_own_values = model is None and trained.is_4bit_folder
+    if trained.quantisation is not None and not has_own_values:
         print_note(
-            f"note: it was trained over a base in {trained}, and vLLM serves it over the base's "
-            "own weights. lora merge writes a model with the values that it was trained over"
+            f"note: it was trained over a base in {trained.quantisation}, and vLLM serves it over "
+            "the base's own weights. lora merge writes a model with the values that it was "
+            "trained over"
         )
     print_line(vllm_command(adapter, model or (str(base) if base else "path/to/base")))
     return 0

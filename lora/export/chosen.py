@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora.adapters.bases.rules import TrainedBase, read_trained_base
-from lora.adapters.peft_files import read_metadata
-from lora.config import BaseDtype, BaseWeights
+from lora.adapters.bases.linears import default_kind
+from lora.adapters.bases.rules import trained_base_of
+from lora.config import BaseDtype
 from lora.decoder.quantised.record import BaseQuantisation
 from lora.pretrained.quantised.folder import check_answer_dtype, is_folder_in_4bit
 
@@ -37,25 +37,12 @@ def choose_values(asked: BaseDtype, adapter: Path | None, folder: Path) -> Merge
     check_answer_dtype(asked)
     if is_folder_in_4bit(folder, asked):
         return AS_STORED
-    trained = _trained(adapter)
+    trained = trained_base_of(adapter)
     kind = trained.quantisation
     if asked == "auto" or (kind is not None and asked == kind.dtype):
         return MergedValues(kind)
-    wanted = None if asked == "original" else _default(asked)
+    wanted = None
+    if asked != "original":  # as other tools train over it: in bf16
+        wanted = replace(default_kind(asked), compute_dtype="bfloat16")
     are_others = trained.is_known and not (wanted is None and kind is None)
     return MergedValues(wanted, are_others, kind)
-
-
-def _trained(adapter: Path | None) -> TrainedBase:
-    try:
-        return read_trained_base({} if adapter is None else read_metadata(adapter))
-    except ValueError:  # said where the adapter is loaded
-        return TrainedBase(None, None)
-
-
-def _default(dtype: BaseDtype) -> BaseQuantisation:
-    """Return the usual settings of a kind, as other tools train over it: in bf16."""
-    if dtype != "nf4":
-        return BaseQuantisation(dtype, compute_dtype="bfloat16")
-    block, is_double = BaseWeights.nf4_block, BaseWeights.nf4_double_quant
-    return BaseQuantisation(dtype, block, is_double, compute_dtype="bfloat16")

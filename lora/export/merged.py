@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora.adapters.apply import lora_layers
+from lora.adapters.bases.linears import default_kind
 from lora.adapters.bases.messages import measured_change
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.bases.unpack import round_base
@@ -142,7 +143,7 @@ def _write_in_4bit(
     settings = over if over is not None and over.dtype == "nf4" else None
     kinds = _dtypes_to_write(blocks, base, None)
     usual = str(max(set(kinds.values()), key=list(kinds.values()).count)).removeprefix("torch.")
-    kind = settings or BaseQuantisation("nf4", block=64, double_quant=True)
+    kind = settings or default_kind("nf4")
     requantised = RequantisedBlocks(blocks, replace(kind, embeddings=False, compute_dtype=usual))
     change = logits_error(logits_by_block(requantised, ids), before)
     if not requantise:

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from lora.adapters.bases.linears import weights_of
-from lora.adapters.bases.rules import read_trained_base
+from lora.adapters.bases.rules import trained_base_of
 from lora.adapters.bases.unpack import round_base, unpack_base
-from lora.adapters.peft_files import read_metadata
 from lora.config import BaseDtype, BaseWeights, ImplementationName
 from lora.decoder.language_model import LanguageModel
 from lora.decoder.quantised.base import base_kind, quantised_modules
@@ -58,7 +57,7 @@ def choose_answer_base(
     Raises ConfigError for a word that is not allowed, or that a folder in 4 bits cannot follow.
     """
     check_answer_dtype(asked)
-    trained = None if adapter is None else trained_quantisation(adapter)
+    trained = trained_base_of(adapter).quantisation
     compute, is_auto = choice.compute_dtype, asked == "auto"
     if is_folder_in_4bit(folder, asked):
         return AnswerBase(BaseWeights(), compute, compute, may_unpack=is_auto)
@@ -72,31 +71,14 @@ def choose_answer_base(
     return AnswerBase(weights_of(trained), trained.torch_dtype, compute, may_unpack=is_auto)
 
 
-def trained_quantisation(adapter: Path) -> BaseQuantisation | None:
-    """Return the quantisation that an adapter was trained over; None: none, or it is not said."""
-    try:
-        return read_trained_base(read_metadata(adapter)).quantisation
-    except ValueError:  # said where the adapter is loaded
-        return None
-
-
 def base_of_training(adapter: Path) -> BaseWeights:
     """Return how plain files are stored to have the values that an adapter was trained over.
 
     As they are where nothing tells, or some linears of the blocks were kept plain: settings do not
     name these.
     """
-    trained = trained_quantisation(adapter)
+    trained = trained_base_of(adapter).quantisation
     return BaseWeights() if trained is None or trained.kept else weights_of(trained)
-
-
-def is_over_4bit_folder(adapter: Path) -> bool:
-    """Whether an adapter was trained over a directory that is in 4 bits itself."""
-    try:
-        trained = read_trained_base(read_metadata(adapter))
-    except ValueError:  # said where the adapter is loaded
-        return False
-    return trained.quantisation is not None and trained.fingerprint is None
 
 
 def load_answer_base(

@@ -66,7 +66,7 @@ def _replaced(
     model: nn.Module, now: Mapping[str, Callable[[], Tensor]], others: Values
 ) -> Iterator[None]:
     """Within the block the linears named in `now` add what other weights would have given."""
-    with _Shown(len(now)) as shown:
+    with _PassProgress(len(now)) as shown:
         hooks = []
         for name, own in now.items():
             add = partial(_add_difference, partial(others, name), own, shown)
@@ -81,7 +81,7 @@ def _replaced(
 def _add_difference(
     other: Callable[[], Tensor],
     own: Callable[[], Tensor],
-    shown: _Shown,
+    shown: _PassProgress,
     module: nn.Module,
     inputs: tuple[Any, ...],
     output: Tensor,
@@ -97,14 +97,14 @@ def _add_difference(
     return output + change.to(output.dtype)
 
 
-class _Shown:
+class _PassProgress:
     """A bar for a pass through `n_layers` linears, if it takes long."""
 
     def __init__(self, n_layers: int) -> None:
         self._n_layers, self._n_done = n_layers, 0
         self._bar: StageProgress | None = None
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> _PassProgress:
         self._began_s = time.monotonic()
         return self
 

@@ -72,6 +72,13 @@ def weights_of(kind: BaseQuantisation) -> BaseWeights:
     )
 
 
+def default_kind(dtype: str) -> BaseQuantisation:
+    """Return what `dtype` alone stands for: in nf4 with the default blocks and scales."""
+    if dtype != "nf4":
+        return BaseQuantisation(dtype)
+    return BaseQuantisation(dtype, BaseWeights.nf4_block, BaseWeights.nf4_double_quant)
+
+
 def packed(weight: Tensor, kind: BaseQuantisation, name: str) -> QuantisedWeight:
     """Return `weight` (O, I) in codes, as a base of this kind has it."""
     with torch.device("meta"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,13 +11,13 @@ from lora.adapters.apply import AppliedLoRA
 from lora.adapters.bases.change import logits_change
 from lora.adapters.bases.linears import (
     block_linears,
+    default_kind,
     lacks_values,
     linear_values,
     rounded,
     table_names,
 )
 from lora.adapters.bases.quantisation import quantisation_of
-from lora.config import BaseWeights
 from lora.decoder.language_model import LanguageModel, transformers_network
 from lora.decoder.quantised.record import BaseQuantisation
 
@@ -49,12 +48,8 @@ def _way_back(trained: BaseQuantisation | None, here: BaseQuantisation | None) -
     """Return how the base of training is loaded; base_dtype alone gives it with its defaults."""
     if trained is None:
         return "without base_dtype"
-    usual = BaseQuantisation(trained.dtype)
-    if trained.dtype == "nf4":
-        usual = replace(
-            usual, block=BaseWeights.nf4_block, double_quant=BaseWeights.nf4_double_quant
-        )
-    if trained.has_values_of(usual) and (here is None or here.dtype != trained.dtype):
+    is_other_dtype = here is None or here.dtype != trained.dtype
+    if is_other_dtype and trained.has_values_of(default_kind(trained.dtype)):
         return f"with base_dtype={trained.dtype!r}"
     return f"in {trained}"
 

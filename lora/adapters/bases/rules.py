@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from lora.adapters.bases.linears import lacks_values
 from lora.adapters.bases.quantisation import quantisation_of
 from lora.adapters.fingerprint import base_fingerprint, code_fingerprint
+from lora.adapters.peft_files import read_metadata
 from lora.decoder.quantised.record import BaseQuantisation
 
 FINGERPRINT_KEY = "lora_lm_base_fingerprint"
@@ -30,6 +32,11 @@ class TrainedBase:
     """Of the values before they were quantised; None: not known."""
     quantisation: BaseQuantisation | None
     """None: it was not quantised."""
+
+    @property
+    def is_4bit_folder(self) -> bool:
+        """Whether it was a directory that is in 4 bits itself."""
+        return self.quantisation is not None and self.fingerprint is None
 
     @property
     def is_known(self) -> bool:
@@ -54,6 +61,17 @@ def read_trained_base(metadata: Mapping[str, str]) -> TrainedBase:
     text = metadata.get(QUANTISATION_KEY)
     quantisation = None if text is None else BaseQuantisation.from_json(text)
     return TrainedBase(metadata.get(FINGERPRINT_KEY), quantisation)
+
+
+def trained_base_of(adapter: Path | None) -> TrainedBase:
+    """Return what the file of an adapter in a directory says; nothing of a damaged one.
+
+    What is damaged is said where the adapter is loaded.
+    """
+    try:
+        return read_trained_base({} if adapter is None else read_metadata(adapter))
+    except ValueError:
+        return TrainedBase(None, None)
 
 
 def base_metadata(model: nn.Module) -> dict[str, str]:
