@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora.decoder.decoder import Decoder
 from lora.decoder.language_model import LanguageModel
+from lora.decoder.quantised.base import base_kind
 from lora.layers.quantised import LoRAQuantisedLinear
 from lora.lora_module import LoRALinear
 
@@ -19,13 +21,16 @@ scratch, other steps unpack one linear at a time."""
 
 
 def nf4_saving(model: LanguageModel, step: str) -> int:
-    """Return about how many bytes a base in nf4 would save; 0 where there is nothing to pack.
+    """Return about how many bytes a base in nf4 would save; 0 where it has one, or can have none.
 
     `model` has no values: on the meta device, with LoRA applied or all of it trained.
     """
     weights = [m.weight for m in model.blocks().modules() if isinstance(m, LINEARS)]
-    frozen = [w for w in weights if not w.requires_grad and w.is_floating_point()]
-    if not frozen:
+    frozen = [w for w in weights if w.is_floating_point()]
+    # What a folder in 4 bits leaves plain stays so; packed weights do not train.
+    if not frozen or base_kind(model) == "nf4" or any(w.requires_grad for w in weights):
+        return 0
+    if isinstance(model, Decoder) and any(w.shape[1] % 2 for w in frozen):
         return 0
     largest = max(weight.nbytes for weight in frozen)
     packed = sum(weight.nbytes - round(PACKED_BYTES * weight.numel()) for weight in frozen)

@@ -88,8 +88,19 @@ def test_nf4_is_no_choice_for_full_fine_tuning_or_whole_linears() -> None:
     full = MemoryPlanner(replace(SETTING, lora=None), base_bytes=0)
     assert full.over_nf4() is None
     assert full.plan().nf4_saving == 0
+
+
+def test_nf4_is_not_advised_where_it_would_be_refused() -> None:
     whole = LoRAConfig(rank=4, targets=("q_proj",), modules_to_save=("down_proj",))
-    assert MemoryPlanner(replace(SETTING, lora=whole), base_bytes=0).over_nf4() is None
+    odd = llama_config(
+        vocab_size=300, hidden_size=1024, heads=(8, 4, 128), feed_forward=2047, n_layers=2
+    )
+    some = frozenset({"model.layers.0.self_attn.q_proj.weight"})
+    packed = replace(SETTING, base=BaseWeights("nf4"), quantised_weights=some)
+    for setting in (replace(SETTING, lora=whole), replace(SETTING, config=odd), packed):
+        planner = MemoryPlanner(setting, base_bytes=0)
+        assert planner.over_nf4() is None
+        assert planner.plan().nf4_saving == 0
 
 
 def test_the_command_says_what_nf4_would_take(
