@@ -12,14 +12,15 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lora.errors import ConfigError, did_you_mean
+from lora.errors import ConfigError
 from lora.public.field_texts import documented
 from lora.settings.base import Settings
 from lora.settings.checks import MAX_COUNT as MAX_COUNT
 from lora.settings.checks import MAX_NUMBER as MAX_NUMBER
 from lora.settings.checks import MAX_SEED as MAX_SEED
+from lora.settings.checks import NF4_BLOCKS as NF4_BLOCKS
 from lora.settings.checks import (
     check,
     check_choice,
@@ -30,12 +31,14 @@ from lora.settings.checks import (
     check_seed,
     check_special_tokens,
     is_int,
+    is_nf4_block,
     is_number,
     is_pattern,
     is_several_names,
     is_tuple_of,
     pairs_of,
     raise_if,
+    refuse_other_words,
     split_words,
     take_paths,
 )
@@ -80,8 +83,6 @@ DEFAULT_EPOCHS, DEFAULT_STEPS = 3.0, (100, 2_000)
 and at most so many steps."""
 MAX_LEARNING_RATE = 1e30
 """AdamW's first update is as large as this: beyond it, fp32 has no room for its square."""
-NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Values that may share a scale in nf4, as in bitsandbytes."""
 MIN_FRACTION = 1e-6
 """Least top_p and temperature (if not 0): less is lost in fp32."""
 
@@ -436,15 +437,9 @@ class BaseWeights(Settings):
     """Store the embedding and the output head in nf4 too."""
 
     def __post_init__(self) -> None:
-        allowed = get_args(BaseDtype)
-        if self.base_dtype not in allowed:
-            near = did_you_mean(str(self.base_dtype), allowed)
-            raise ConfigError(
-                f"Cannot use base_dtype={self.base_dtype!r}. Allowed: {', '.join(allowed)}.{near}"
-            )
+        refuse_other_words("base_dtype", self.base_dtype, BaseDtype)
         allowed_blocks = f"one of {', '.join(map(str, NF4_BLOCKS))}"
-        is_block = is_int(self.nf4_block) and self.nf4_block in NF4_BLOCKS
-        faults = check(is_block, "nf4_block", self.nf4_block, allowed_blocks)
+        faults = check(is_nf4_block(self.nf4_block), "nf4_block", self.nf4_block, allowed_blocks)
         for name in ("nf4_double_quant", "nf4_embeddings"):
             value = getattr(self, name)
             faults += check(isinstance(value, bool), name, value, "true or false")

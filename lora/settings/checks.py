@@ -13,6 +13,8 @@ MAX_EPOCHS = 10**6
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 10**9
 """Steps, tokens, sequences, ranks: more is a slip, and would only fail late."""
+NF4_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Values that may share a scale in nf4, as in bitsandbytes."""
 MAX_NUMBER = 1e9
 """Alphas, temperatures, gigabytes: far more than fp32 can bear or a machine has."""
 
@@ -63,6 +65,14 @@ def check_choice(name: str, seen: object, choices: object) -> list[str]:
     words: tuple[str, ...] = get_args(choices)
     near = did_you_mean(str(seen), words)
     return check(seen in words, name, seen, f"one of {', '.join(words)}.{near}")
+
+
+def refuse_other_words(name: str, seen: object, choices: object) -> None:
+    """Raise ConfigError if the setting `name` is none of the words of a Literal."""
+    words: tuple[str, ...] = get_args(choices)
+    if seen not in words:
+        near = did_you_mean(str(seen), words)
+        raise ConfigError(f"Cannot use {name}={seen!r}. Allowed: {', '.join(words)}.{near}")
 
 
 def pairs_of(name: str, value: object, faults: list[str]) -> list[tuple[str, Any]]:
@@ -144,6 +154,11 @@ def check_reading(
 def is_int(value: object) -> bool:
     """Whether `value` is a whole number, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_nf4_block(value: object) -> bool:
+    """Whether so many values may share a scale in nf4."""
+    return is_int(value) and value in NF4_BLOCKS
 
 
 def is_tuple_of(kind: type, value: object) -> bool:

@@ -253,6 +253,7 @@ def test_an_unpacked_base_computes_and_names_the_same(
         '{"dtype": "nf4"}',
         '{"dtype": "nf4", "block": 64, "double_quant": true, "kept": 3}',
         '{"dtype": "nf4", "block": "64", "double_quant": true}',
+        '{"dtype": "nf4", "block": 64.0, "double_quant": true}',
         '{"dtype": "nf4", "block": 64, "double_quant": "false"}',
         '{"dtype": "int8", "compute_dtype": []}',
     ],

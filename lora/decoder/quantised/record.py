@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from lora.settings.checks import is_nf4_block
+
 _WEIGHTS: dict[str, Any] = {"compute_dtype": "float32", "fingerprint": ""}
 _SCALES: dict[str, Any] = {**_WEIGHTS, "double_quant": None}
 """What does not count where values, or codes alone, are compared."""
-BLOCKS = tuple(2**n for n in range(5, 13))
-"""Block sizes of nf4, which are bitsandbytes'."""
 COMPUTE_DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -90,7 +90,7 @@ class BaseQuantisation:
         is_nf4 = found.dtype == "nf4"
         allowed = {
             "dtype": found.dtype in ("fp8", "int8", "nf4"),
-            "block": found.block in BLOCKS if is_nf4 else found.block is None,
+            "block": is_nf4_block(found.block) if is_nf4 else found.block is None,
             "double_quant": isinstance(found.double_quant, bool) == is_nf4,
             "embeddings": isinstance(found.embeddings, bool),
             "compute_dtype": found.compute_dtype in [*COMPUTE_DTYPES],

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lora.config import ImplementationName
 from lora.decoder.families import FAMILIES, decoder_config
 from lora.errors import (
-    ConfigError,
     DependencyError,
     ModelError,
     UnsupportedModelError,
-    did_you_mean,
 )
 from lora.pretrained.load.architectures import (
     Architecture,
@@ -22,6 +20,7 @@ from lora.pretrained.load.architectures import (
     transformers_version,
 )
 from lora.pretrained.quantised.methods import is_4bit, settings_of
+from lora.settings.checks import refuse_other_words
 
 Kind = Literal["native", "transformers"]
 
@@ -63,12 +62,7 @@ def choose_implementation(
     decoder, ModelError by name for weights that are quantised otherwise than in bitsandbytes' nf4,
     and what `find_architecture` raises for transformers.
     """
-    allowed = get_args(ImplementationName)
-    if asked not in allowed:
-        near = did_you_mean(str(asked), allowed)
-        raise ConfigError(
-            f"Cannot use implementation={asked!r}. Allowed: {', '.join(allowed)}.{near}"
-        )
+    refuse_other_words("implementation", asked, ImplementationName)
     is_4bit(config, describe_architecture(config))  # another method is refused by its name
     if asked == "transformers":
         return Implementation("transformers", "as asked", find_architecture(config))

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from lora.config import BaseDtype, BaseWeights
-from lora.errors import ConfigError, ModelError, did_you_mean, gather
+from lora.errors import ConfigError, ModelError, gather
 from lora.pretrained.hf_files import open_tensors, read_config
 from lora.pretrained.load.architectures import describe_architecture
 from lora.pretrained.quantised.methods import is_4bit, settings_of
 from lora.pretrained.quantised.stored import StoredNf4, collect_packed
+from lora.settings.checks import refuse_other_words
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,7 @@ def find_4bit(folder: Path, *, needs_weights: bool = True) -> FolderIn4Bit | Non
 
 def check_answer_dtype(asked: str) -> None:
     """Raise ConfigError for a word that is no base dtype to answer with."""
-    allowed = get_args(BaseDtype)
-    if asked not in allowed:
-        near = did_you_mean(str(asked), allowed)
-        raise ConfigError(f"Cannot use base_dtype={asked!r}. Allowed: {', '.join(allowed)}.{near}")
+    refuse_other_words("base_dtype", asked, BaseDtype)
 
 
 def is_folder_in_4bit(folder: Path, asked: BaseDtype) -> bool:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.decoder.quantised.record import BLOCKS
 from lora.kernels.nf4 import GROUP, NF4_LEVELS, Nf4Tensor, dynamic_levels, n_blocks, unpack_nf4
 from lora.pretrained.hf_files import StoredTensor
+from lora.settings.checks import NF4_BLOCKS, is_nf4_block
 
 STATE = ".quant_state.bitsandbytes__nf4"
 MAP, SCALES = ".quant_map", ".absmax"
@@ -213,8 +213,8 @@ def _state_faults(state: Mapping[str, Any]) -> list[str]:
         faults.append(f"shape={shape!r} (allowed: two sizes, outputs and inputs)")
     elif shape is not None and shape[1] % 2:
         faults.append(f"shape={shape!r} (allowed: an even number of inputs)")
-    if not _is_count(block) or block not in BLOCKS:
-        faults.append(f"blocksize={block!r} (allowed: {', '.join(map(str, BLOCKS))})")
+    if not is_nf4_block(block):
+        faults.append(f"blocksize={block!r} (allowed: {', '.join(map(str, NF4_BLOCKS))})")
     if str(state.get("dtype")) not in VALUE_KINDS:
         faults.append(f"dtype={state.get('dtype')!r} (allowed: {', '.join(VALUE_KINDS)})")
     if any(name.startswith("nested_") for name in state):
