@@ -92,6 +92,19 @@ def steps_of(make_batch: Callable[..., Batch], *, packed: bool) -> list[list[Bat
     ]
 
 
+def check(
+    step: FastStep, plain: Decoder, make_batch: Callable[..., Batch], *, packed: bool = True
+) -> None:
+    """Train `step`'s model and `plain`, which is equal to it, and compare all that comes of it."""
+    batches = steps_of(make_batch, packed=packed)
+    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+
+
+def train(step: FastStep, make_batch: Callable[..., Batch]) -> None:
+    for number, batches in enumerate(steps_of(make_batch, packed=True), 1):
+        step.launch(batches, 1e-2, number)
+
+
 QUICK = [("untied, biases", mode) for mode in ("none", "full+offload")]
 QUICK += [(name, "full") for name in ("tied", "Gemma", "fused")]
 WAYS = [
@@ -122,9 +135,7 @@ def test_steps_equal_the_plain_ones(
         checkpointing=MODES.get(mode),
         own_attention=recomputes,
     )
-    check_steps(
-        step, plain, build_optimizer(plain, 1.0, 0.0), steps_of(make_batch, packed=not recomputes)
-    )
+    check(step, plain, make_batch, packed=not recomputes)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -143,8 +154,7 @@ def test_steps_equal_those_over_the_unpacked_values_to_the_bit(
     for one in (model, unpacked(model)):
         apply_random_lora(one, **settings)
         step = FastStep(one, PLAIN, torch.float32, checkpointing=MODES[mode], merges=False, seed=5)
-        for number, batches in enumerate(steps_of(make_batch, packed=True), 1):
-            step.launch(batches, 1e-2, number)
+        train(step, make_batch)
         found.append((step.report, step.flat.values, step.flat.mean))
     for own, expected in zip(*found, strict=True):
         assert torch.equal(own, expected)
@@ -161,9 +171,8 @@ def test_other_ways_to_pack_step_as_the_plain_step_does(
     assert why_not_hand_written(plain) is None
     step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64, checkpointing=MODES["full"])
     assert f"{base.base_dtype} weights unpacked" in step.describe()
-    batches = steps_of(make_batch, packed=True)
     # The scales of int8 rows multiply its outputs there, the weight here.
-    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+    check(step, plain, make_batch)
 
 
 def test_linears_that_are_not_packed_take_part(
@@ -176,8 +185,7 @@ def test_linears_that_are_not_packed_take_part(
     step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64)
     kinds = [isinstance(p, UnpackedProjection) for p in step.network.projections]
     assert kinds == [True, False, True, True]
-    batches = steps_of(make_batch, packed=True)
-    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+    check(step, plain, make_batch)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +202,7 @@ def test_what_trains_beside_lora(
         train_token_rows(plain, rows)
     assert why_not_hand_written(plain) is None
     step = FastStep(copy.deepcopy(plain), PLAIN, torch.float64)
-    batches = steps_of(make_batch, packed=True)
-    check_steps(step, plain, build_optimizer(plain, 1.0, 0.0), batches)
+    check(step, plain, make_batch)
 
 
 @pytest.mark.parametrize(
@@ -271,8 +278,7 @@ def test_packed_tables_compute_what_their_values_do(
     for one in (model, plain):
         adapted(one, **settings)
         step = FastStep(one, PLAIN, torch.float64, checkpointing=MODES[mode], seed=5, merges=False)
-        for number, batches in enumerate(steps_of(make_batch, packed=True), 1):
-            step.launch(batches, 1e-2, number)
+        train(step, make_batch)
         found.append(step)
     own, other = found
     assert isinstance(own.network.head, packed_tables.PackedTable)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,15 +15,17 @@ from lora.stacked.layers import (
     StackedLoRALinear,
 )
 from lora.stacked.quantised import build_stacked_linear
+from tests.stacked.three_adapters import (
+    DROPOUTS,
+    NO_DROPOUT,
+    RANKS,
+    SCALINGS,
+    SEEDS,
+    check_others_keep_their_bits,
+    draw,
+)
 
-RANKS, SCALINGS, SEEDS = (2, 5, 1), (2.0, 0.4, 3.0), (7, 8, 9)
-NO_DROPOUT, DROPOUTS = (0.0, 0.0, 0.0), (0.1, 0.0, 0.5)
 INPUTS, OUTPUTS = 7, 6
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def base_linear(dtype: torch.dtype) -> nn.Linear:
@@ -105,22 +105,7 @@ def test_the_fused_layer_agrees_with_the_plain_one() -> None:
 
 @pytest.mark.parametrize("dropouts", [NO_DROPOUT, DROPOUTS])
 def test_a_nan_in_one_adapter_leaves_the_bits_of_the_others(dropouts: tuple[float, ...]) -> None:
-    seen = []
-    for is_broken in (False, True):
-        layer = together(torch.float32, dropouts)
-        x = draw(6, 4, INPUTS, seed=3).float()
-        if is_broken:
-            x[2:4] = math.nan
-            with torch.no_grad():
-                layer.lora_B[1] = math.inf
-        x.requires_grad_()
-        y = layer(x)
-        (y**2).sum().backward()
-        parts = (y.detach().view(3, 2, 4, -1), x.grad.view(3, 2, 4, -1))  # type: ignore[union-attr]
-        seen.append([*parts, layer.lora_A.grad, layer.lora_B.grad])
-    for whole, broken in zip(*seen, strict=True):
-        assert torch.equal(whole[[0, 2]], broken[[0, 2]])
-        assert not broken[1].isfinite().all()
+    check_others_keep_their_bits(lambda: together(torch.float32, dropouts))
 
 
 def test_each_adapter_trains_its_own_embedding() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,16 +13,18 @@ from lora.decoder.quantised.nf4 import Nf4Linear
 from lora.layers.quantised import LORA_LINEARS, LoRAQuantisedLinear
 from lora.stacked.layers import Stack, StackedLoRALinear
 from lora.stacked.quantised import STACKED_LINEARS, StackedQuantisedLinear, build_stacked_linear
+from tests.stacked.three_adapters import (
+    DROPOUTS,
+    NO_DROPOUT,
+    RANKS,
+    SCALINGS,
+    SEEDS,
+    check_others_keep_their_bits,
+    draw,
+)
 
-RANKS, SCALINGS, SEEDS = (2, 5, 1), (2.0, 0.4, 3.0), (7, 8, 9)
-NO_DROPOUT, DROPOUTS = (0.0, 0.0, 0.0), (0.1, 0.0, 0.5)
 INPUTS, OUTPUTS = 10, 14
 BASES = ("fp8", "nf4", "nf4 single", "int8")
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def quantised(base: str, dtype: torch.dtype) -> QuantisedWeight:
@@ -115,22 +115,7 @@ def test_it_computes_what_a_plain_linear_with_the_unpacked_values_does() -> None
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_nan_in_one_adapter_leaves_the_bits_of_the_others(base: str) -> None:
-    seen = []
-    for is_broken in (False, True):
-        layer = together(quantised(base, torch.float32), torch.float32)
-        x = draw(6, 4, INPUTS, seed=3).float()
-        if is_broken:
-            x[2:4] = math.nan
-            with torch.no_grad():
-                layer.lora_B[1] = math.inf
-        x.requires_grad_()
-        y = layer(x)
-        (y**2).sum().backward()
-        parts = (y.detach().view(3, 2, 4, -1), x.grad.view(3, 2, 4, -1))  # type: ignore[union-attr]
-        seen.append([*parts, layer.lora_A.grad, layer.lora_B.grad])
-    for whole, broken in zip(*seen, strict=True):
-        assert torch.equal(whole[[0, 2]], broken[[0, 2]])
-        assert not broken[1].isfinite().all()
+    check_others_keep_their_bits(lambda: together(quantised(base, torch.float32), torch.float32))
 
 
 def test_the_base_is_shared_and_comes_back() -> None:
