@@ -70,7 +70,7 @@ class DecoderJob(LoRATask):
         return {
             "model": self.model,
             **({} if self.implementation == "auto" else {"implementation": self.implementation}),
-            **({} if self.base_dtype == "auto" else {"base": self.base_settings}),
+            **({"base": self.base_settings} if self.base_weights.is_quantised else {}),
             "lora": asdict(self.lora),
             "data_config": {
                 **{k: _json_value(v) for k, v in asdict(self.data_config).items()},
