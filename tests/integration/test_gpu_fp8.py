@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.reading.orders import make_orders
+from lora.config import BaseWeights, LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder
@@ -22,12 +21,11 @@ from lora.fast.llama import buffers
 from lora.fast.llama.checkpointing import MODES
 from lora.fast.step import FastStep
 from lora.fast.why_not import why_not_fast, why_not_fp8
-from lora.finetune import FinetuneJob, finetune
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.layers.quantised_model import use_quantised_linears
-from lora.runs.disk import read_json, read_rows
-from lora.runs.progress import NoProgress
+from lora.runs.disk import read_json
+from tests.integration.gpu_runs import Heard, folder_of, learn_alike
 from tests.tiny_llama import changed, llama_config
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -161,35 +159,11 @@ def test_steps_learn_and_leave_the_codes_alone() -> None:
             assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
-def test_a_whole_run_says_what_it_does_and_stays_near_its_plan(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    told: list[str] = []
-
-    class Lines(NoProgress):
-        def message(self, text: str) -> None:
-            told.append(text)
-
-    losses = {}
-    for kind, fast in (("auto", True), ("fp8", True), ("fp8", False)):
-        job = FinetuneJob(
-            data=make_orders("train", 48),
-            model=str(tiny_folder),
-            lora=LoRAConfig(rank=4),
-            train=TrainConfig(steps=40, batch_size=8, gradient_accumulation=2, learning_rate=2e-2),
-            data_config=DataConfig(max_length=128),
-            run=RunConfig(out=tmp_path, name=f"{kind}-{fast}", device="cuda", fast=fast),
-            base_dtype=kind,  # type: ignore[arg-type]
-        )
-        done = finetune(job, Lines())
-        rows = [row["loss"] for row in read_rows(done.folder / "metrics.jsonl") if "loss" in row]
-        losses[kind, fast] = sum(rows[-10:]) / 10
-        if kind == "fp8":
-            assert read_json(done.folder / "run.json")["base_dtype"] == "fp8"
-    assert any("frozen matmuls in fp8" in line for line in told)
-    print("means of the last ten losses:", losses)
-    assert losses["fp8", True] == pytest.approx(losses["auto", True], rel=0.1)
-    assert losses["fp8", True] == pytest.approx(losses["fp8", False], rel=0.1)
+def test_a_whole_run_says_what_it_does_and_learns(tiny_folder: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    for job in learn_alike("fp8", tiny_folder, tmp_path, heard):
+        assert read_json(folder_of(job) / "run.json")["base_dtype"] == "fp8"
+    assert any("frozen matmuls in fp8" in line for line in heard.lines)
 
 
 def test_older_gpus_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.adapters.bases.unpack import unpack_base
-from lora.config import BaseWeights, DataConfig, LoRAConfig, RunConfig, TrainConfig
-from lora.data.reading.orders import make_orders
+from lora.config import BaseWeights, LoRAConfig
 from lora.data.sequences.batches import Batch
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised.base import quantised_modules
@@ -25,14 +24,14 @@ from lora.fast.memory.fast_step import FastPlan
 from lora.fast.step import FastStep
 from lora.fast.weights import packed_tables
 from lora.fast.why_not import why_not_fast
-from lora.finetune import FinetuneJob, finetune
+from lora.finetune import finetune
 from lora.kernels.nf4 import Nf4Tensor, nf4_scales, quantise_nf4
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
 from lora.kernels.unpack.nf4 import unpack_nf4_triton
 from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_rows
-from lora.runs.progress import NoProgress
+from tests.integration.gpu_runs import Heard, folder_of, learn_alike
 from tests.tiny_llama import changed, llama_config
 
 pytestmark = [
@@ -239,31 +238,9 @@ def test_a_mode_holds_what_is_planned(mode: str) -> None:
 def test_a_whole_run_says_what_it_does_learns_and_is_repeated(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-
-    class Lines(NoProgress):
-        def message(self, text: str) -> None:
-            told.append(text)
-
-    losses = {}
-    for kind, fast in (("auto", True), ("nf4", True), ("nf4", False)):
-        job = FinetuneJob(
-            data=make_orders("train", 48),
-            model=str(tiny_folder),
-            lora=LoRAConfig(rank=4),
-            train=TrainConfig(steps=40, batch_size=8, gradient_accumulation=2, learning_rate=2e-2),
-            data_config=DataConfig(max_length=128),
-            run=RunConfig(out=tmp_path, name=f"{kind}-{fast}", device="cuda", fast=fast),
-            base_dtype=kind,  # type: ignore[arg-type]
-        )
-        done = finetune(job, Lines())
-        rows = [row["loss"] for row in read_rows(done.folder / "metrics.jsonl") if "loss" in row]
-        losses[kind, fast] = sum(rows[-10:]) / 10
-        if kind == "nf4" and fast:
-            written = read_rows(done.folder / "metrics.jsonl")
-            finetune(replace(job, resume=True))
-            assert read_rows(done.folder / "metrics.jsonl") == written
-    assert any("nf4" in line and line.startswith("fast step") for line in told), told
-    print("means of the last ten losses:", losses)
-    assert losses["nf4", True] == pytest.approx(losses["auto", True], rel=0.1)
-    assert losses["nf4", True] == pytest.approx(losses["nf4", False], rel=0.1)
+    heard = Heard()
+    fast, _ = learn_alike("nf4", tiny_folder, tmp_path, heard)
+    assert any("nf4" in line and line.startswith("fast step") for line in heard.lines), heard.lines
+    written = read_rows(folder_of(fast) / "metrics.jsonl")
+    finetune(replace(fast, resume=True))
+    assert read_rows(folder_of(fast) / "metrics.jsonl") == written

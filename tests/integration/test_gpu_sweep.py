@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora.adapters.apply import apply_lora, lora_layers
-from lora.config import DataConfig, LoRAConfig, RunConfig, TrainConfig
+from lora.config import BaseDtype, DataConfig, LoRAConfig, RunConfig, TrainConfig
 from lora.data.reading.orders import make_orders
 from lora.data.sequences.batches import Batch
 from lora.decoder.config import AttentionConfig, FeedForwardConfig, LayerConfig
@@ -23,12 +22,13 @@ from lora.device import choose_device
 from lora.fast.stacked_runner import FastStackedRunner, choose_stacked_runner
 from lora.fast.stacked_step import StackedFastStep
 from lora.fast.step import FastStep
+from lora.fast.weights.stacked_flat import StackedFlat
 from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import TRITON
 from lora.stacked.apply import StackedAdapters, apply_stacked
 from lora.stacked.losses import StackedDecoderLoss, stack_batches
 from lora.stacked.plain_step import PlainStackedRunner
-from lora.sweep import SweepJob, sweep
+from lora.sweep import SweepJob, SweepResult, sweep
 from lora.sweep.grid import Grid
 from lora.training.optim import schedule_factor
 from tests.tiny_llama import ROPE, changed, llama_config
@@ -284,12 +284,8 @@ def test_an_adapter_that_is_not_finite_leaves_the_bits_of_the_others(
             assert torch.equal(kept, getattr(broken.flat, name)[k]), (k, name)
 
 
-def test_restored_training_continues_with_the_same_bits() -> None:
-    choice = choose_device("cuda")
-
-    def begin() -> FastStackedRunner:
-        model = build()
-        return FastStackedRunner(model, stack(model), TRAIN, choice)
+def resumed_halfway(begin: Callable[[], FastStackedRunner]) -> tuple[StackedFlat, StackedFlat]:
+    """Return the state after six steps in one go, and after three, a restore and three more."""
 
     def go(training: FastStackedRunner, numbers: range) -> None:
         for number in numbers:
@@ -302,27 +298,52 @@ def test_restored_training_continues_with_the_same_bits() -> None:
     for k in range(3):
         rest.restore(half.state(k), step=3, adapter=k)
     go(rest, range(3, 6))
-    assert torch.equal(rest.step.flat.values, whole.step.flat.values)
-    assert torch.equal(rest.step.flat.square, whole.step.flat.square)
+    return whole.step.flat, rest.step.flat
 
 
-def test_a_sweep_in_waves_ends_as_with_the_plain_step(tiny_folder: Path, tmp_path: Path) -> None:
+def test_restored_training_continues_with_the_same_bits() -> None:
+    choice = choose_device("cuda")
+
+    def begin() -> FastStackedRunner:
+        model = build()
+        return FastStackedRunner(model, stack(model), TRAIN, choice)
+
+    whole, resumed = resumed_halfway(begin)
+    assert torch.equal(resumed.values, whole.values)
+    assert torch.equal(resumed.square, whole.square)
+
+
+def sweep_alike(
+    model: Path, out: Path, *, steps: int, base_dtype: BaseDtype = "auto", device: str = "cuda"
+) -> SweepResult:
+    """Sweep in waves on the fast step, and again on the plain one: their losses are near.
+
+    Returns the first of the two.
+    """
     job = SweepJob(
         data=make_orders("train", 32),
         grid=Grid(rank=(2, 4), learning_rate=(1e-3, 3e-3)),
-        model=str(tiny_folder),
-        train=TrainConfig(steps=12, batch_size=4),
+        model=str(model),
+        train=TrainConfig(steps=steps, batch_size=4),
         data_config=DataConfig(max_length=128),
-        run=RunConfig(out=tmp_path, name="fast", eval_every_steps=4, device="cuda"),
+        run=RunConfig(out=out, name="fast", eval_every_steps=4, device=device),
         at_once=2,
+        base_dtype=base_dtype,
     )
     fast = sweep(job)
     plain = sweep(replace(job, run=replace(job.run, name="plain", fast=False)))
-    kept = {s.name: s.eval_loss for s in plain.candidates}
+    kept = {state.name: state.eval_loss for state in plain.candidates}
     for candidate in fast.candidates:
         assert candidate.status == "done"
         assert candidate.eval_loss == pytest.approx(kept[candidate.name], rel=1e-2)
+    return fast
+
+
+def test_a_sweep_in_waves_ends_as_with_the_plain_step(tiny_folder: Path, tmp_path: Path) -> None:
+    fast = sweep_alike(tiny_folder, tmp_path, steps=12)
+    for candidate in fast.candidates:
         folder = fast.folder / "candidates" / candidate.name / "adapter"
         tensors = load_file(folder / "adapter_model.safetensors")
         assert all(bool(t.isfinite().all()) for t in tensors.values())
-    assert copy.copy(fast.best).is_dir()
+    assert fast.best is not None
+    assert fast.best.is_dir()
