@@ -28,8 +28,9 @@ class Nf4Embedding(Nf4Weight):
         self, embedding: nn.Embedding, block: int = 64, *, double_quant: bool = True
     ) -> None:
         super().__init__()
-        packed = Nf4Linear(linear_of(embedding), block, double_quant=double_quant)
-        self.take_sizes(linear_of(embedding))
+        linear = linear_of(embedding)
+        packed = Nf4Linear(linear, block, double_quant=double_quant)
+        self.take_sizes(linear)
         self.weight = packed.weight
         self.share_packed(packed)
         self.out_dtype = self.value_dtype
@@ -94,12 +95,7 @@ class Nf4Rows:
     """
 
     def __init__(self, table: Nf4Weight, dtype: torch.dtype) -> None:
-        self.table, self._dtype = table, dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self._dtype
+        self.table, self.dtype = table, dtype
 
     def __len__(self) -> int:
         return self.table.out_features
@@ -118,7 +114,7 @@ class Nf4Rows:
 
     def _empty(self, n_rows: int) -> Tensor:
         shape, device = (n_rows, self.table.in_features), self.table.weight.device
-        return torch.empty(shape, dtype=self._dtype, device=device)
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
 
 def rows_of(head: nn.Module, hidden: Tensor) -> Tensor | Nf4Rows:
