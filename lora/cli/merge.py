@@ -33,7 +33,8 @@ Requantise = Annotated[
     bool,
     Parameter(
         group=OUTPUT,
-        help="With --dtype nf4: accept what rounding to 4 bits again changes, which is said.",
+        help="With --dtype nf4: accept rounding to 4 bits again; how far it moves the logits is "
+        "printed.",
     ),
 ]
 MergeDevice = Annotated[str, Parameter(group=DEVICE, help="Device that computes the merge.")]
@@ -60,10 +61,10 @@ def merge(
         lora merge runs/orders/adapter merged --dtype bfloat16 --json
 
     The base's generation settings, tokenizer settings and chat templates are kept.
-    After training over nf4 or fp8, the values of that base are merged; --base-dtype
-    original merges into those that are not quantised, and says how far the logits
-    are; --base-dtype nf4 is for QLoRA adapters of other tools, which do not name
-    their base's values.
+    After training over nf4, int8 or fp8, the adapter is merged into the values of
+    that base; --base-dtype original merges into the unquantised ones, and prints by
+    how much the logits differ. --base-dtype nf4 is for QLoRA adapters of other
+    tools, whose files do not say that their base was in nf4.
 
     Parameters
     ----------

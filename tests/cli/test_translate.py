@@ -128,6 +128,9 @@ def test_the_default_of_double_quantisation_is_told_unless_it_is_given(scales: s
     translate_settings("a.yaml", settings, KNOWN, notes.append)
     assert notes == []
     translate_words("x", ["--load-in-4bit"], KNOWN, notes.append)
+    answering = set(KNOWN) - {"nf4_double_quant"}
+    translate_words("x", ["--load-in-4bit"], answering, notes.append)
+    assert len(notes) == 1  # nothing of a flag that a command does not have
     advice = notes[0].partition("default: ")[2].split()[0]  # what it says to write is a flag
     assert bound_by(["--load-in-4bit", advice]).arguments["base"].nf4_double_quant is False
 

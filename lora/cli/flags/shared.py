@@ -78,15 +78,16 @@ AnswerBase = Annotated[
     BaseDtype,
     Parameter(
         group=DEVICE,
-        help="Base's linears: auto (as trained over, unpacked if they fit); nf4, int8, fp8: "
-        "packed; original: plain.",
+        help="Base's linears: auto (as in training, unpacked if they fit), original (unquantised), "
+        "or packed.",
     ),
 ]
 MergedBase = Annotated[
     BaseDtype,
     Parameter(
         group=MODEL,
-        help="Values to merge into: auto (as trained over), original (unquantised), or a kind.",
+        help="Values to merge into: auto (those trained over), original (unquantised), or those "
+        "of nf4, int8 or fp8.",
     ),
 ]
 Device = Annotated[str, Parameter(group=DEVICE, help="Device: auto, cpu, cuda, cuda:1, ...")]

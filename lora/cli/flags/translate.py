@@ -173,6 +173,8 @@ def _has_note(peer: PeerSetting, text: str, given: Settings, known: Collection[s
     """Whether the user of an alias, with this value beside `given`, should be told something."""
     if not peer.note or text.lower() == "false" or _value_here(peer, text) == peer.gives_way:
         return False
+    if peer.note_about and peer.note_about not in known:
+        return False  # the command has no such setting
     others = {name: _peer_of(name, known) for name in given}
     ours = {name if other is None else other.ours for name, other in others.items()}
     return peer.note_about not in ours
