@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from lora.decoder.quantised.fp8 import Fp8Weight
 from lora.fast.llama.buffers import Buffers
-from lora.fast.weights.adapted import DropoutMasks, SeparateLoRAProjection
+from lora.fast.weights.adapted import DropoutMasks, SeparateLoRAProjection, has_lora
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.projections import Projection
 from lora.kernels.step.fp8 import Fp8Rows
 from lora.kernels.step.ops import Ops
-from lora.lora_module import LoRALayer
 
 
 class Fp8ScratchRows:
@@ -203,7 +202,7 @@ def fp8_projection(
     fp8: Fp8Buffers,
 ) -> Projection:
     """Return the projection of fp8 linears that read the same input, given by block."""
-    if any(isinstance(module, LoRALayer) for block in blocks for module in block):
+    if has_lora(blocks):
         return Fp8Projection(blocks, flat, dtype, ops, masks, fp8)
     return FrozenFp8Projection(blocks, dtype, fp8)
 

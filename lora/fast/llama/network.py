@@ -30,6 +30,7 @@ from lora.fast.weights.adapted import (
     DropoutMasks,
     MergedProjection,
     SeparateLoRAProjection,
+    has_lora,
 )
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.norms_and_embeddings import WeightGroup
@@ -45,8 +46,6 @@ from lora.fast.weights.unpacked import (
     unpacked_projection,
 )
 from lora.kernels.step.ops import Ops
-from lora.lora_module import LoRALayer
-from lora.stacked.layers import StackedLoRALinear
 
 GELU_NAMES = ("gelu_pytorch_tanh", "gelu_new")
 """Names of GELU's tanh approximation, which the step computes as it does SiLU."""
@@ -170,7 +169,7 @@ class FastNetwork:
         has_packed = any(is_packed(module) for block in blocks for module in block)
         if self.scratch is not None and has_packed:
             return unpacked_projection(blocks, flat, dtype, ops, self.masks, self.scratch)
-        if not self.trains_all and not any(has_lora(m) for block in blocks for m in block):
+        if not self.trains_all and not has_lora(blocks):
             return FrozenProjection(blocks, dtype)
         if isinstance(flat, StackedFlat):
             if self.merges:
@@ -397,8 +396,3 @@ def _linears(module: nn.Module, names: tuple[tuple[str, ...], tuple[str, ...]]) 
 def _embedding_scale(trunk: LlamaTrunk, dtype: torch.dtype) -> float:
     """Return what embeddings are multiplied by, as `trunk` does it in this dtype."""
     return trunk.scales[dtype] if isinstance(trunk, GemmaTrunk) else trunk.config.embedding_scale
-
-
-def has_lora(module: nn.Module) -> bool:
-    """Whether LoRA of one adapter or of several is on this linear."""
-    return isinstance(module, LoRALayer | StackedLoRALinear)

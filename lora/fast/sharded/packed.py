@@ -19,7 +19,7 @@ from lora.fast.llama.fp8 import Fp8BaseProjection, Fp8Buffers, Fp8Projection, Fr
 from lora.fast.sharded.base import fill_packed_part
 from lora.fast.sharded.projections import ShardedProjection
 from lora.fast.sharded.ring import ShardRing
-from lora.fast.weights.adapted import DropoutMasks
+from lora.fast.weights.adapted import DropoutMasks, has_lora
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.projections import weight_of
 from lora.fast.weights.unpacked import (
@@ -30,7 +30,6 @@ from lora.fast.weights.unpacked import (
     WeightScratch,
 )
 from lora.kernels.step.ops import Ops
-from lora.lora_module import LoRALayer
 
 
 class _ShardedCodes(ShardedProjection):
@@ -116,7 +115,7 @@ def sharded_fp8_projection(
     ring: ShardRing,
 ) -> ShardedProjection:
     """Return the projection of fp8 linears that read the same input, given by block."""
-    if _is_adapted(blocks):
+    if has_lora(blocks):
         return ShardedFp8Projection(blocks, flat, dtype, ops, masks, fp8, ring=ring)
     return ShardedFrozenFp8Projection(blocks, dtype, fp8, ring=ring)
 
@@ -132,12 +131,8 @@ def sharded_unpacked_projection(
 ) -> ShardedProjection:
     """Return the projection of packed linears that read the same input, given by block."""
     shared = {"scratch": scratch, "ring": ring}
-    if not _is_adapted(blocks):
+    if not has_lora(blocks):
         return ShardedUnpackedFrozenProjection(blocks, dtype, **shared)
     if masks is not None:
         return ShardedUnpackedSeparateProjection(blocks, flat, dtype, ops, masks, **shared)
     return ShardedUnpackedConcatenatedProjection(blocks, flat, dtype, **shared)
-
-
-def _is_adapted(blocks: Sequence[Sequence[nn.Module]]) -> bool:
-    return any(isinstance(module, LoRALayer) for block in blocks for module in block)

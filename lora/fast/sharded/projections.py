@@ -20,13 +20,13 @@ from lora.fast.weights.adapted import (
     ConcatenatedLoRAProjection,
     DropoutMasks,
     SeparateLoRAProjection,
+    has_lora,
 )
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.projections import FrozenProjection, Projection, weight_of
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.token_tables import TokenTable
 from lora.kernels.step.ops import Ops
-from lora.lora_module import LoRALayer
 
 
 class ShardedProjection(Projection):
@@ -177,7 +177,7 @@ def sharded_projection(
     ring: ShardRing,
 ) -> ShardedProjection:
     """Return the projection of plain linears that read the same input, given by block."""
-    if not any(isinstance(module, LoRALayer) for block in blocks for module in block):
+    if not has_lora(blocks):
         return ShardedFrozenProjection(blocks, dtype, ring=ring)
     if masks is not None:
         # Dropout is on LoRA's inputs alone, so LoRA needs matmuls of its own.

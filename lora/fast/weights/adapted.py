@@ -20,6 +20,7 @@ from lora.fast.weights.flat import FlatParameters, Slot, accumulate
 from lora.fast.weights.projections import Member, Projection
 from lora.kernels.step.ops import Ops
 from lora.lora_module import LoRALayer
+from lora.stacked.layers import StackedLoRALinear
 
 RANK_STEP = 16
 """Columns for LoRA come in multiples of this, so that rows of every buffer stay aligned."""
@@ -299,6 +300,12 @@ class SeparateLoRAProjection(_LoRAProjection):
             self.accumulate_low_rank(
                 one, dropped[None], d_outputs[None], h[None], dh[None], first=first
             )
+
+
+def has_lora(blocks: Sequence[Sequence[nn.Module]]) -> bool:
+    """Whether LoRA of one adapter or of several is on any of these linears, given by block."""
+    kinds = LoRALayer | StackedLoRALinear
+    return any(isinstance(module, kinds) for block in blocks for module in block)
 
 
 def _move(parameter: Tensor, view: Tensor) -> None:

@@ -19,14 +19,13 @@ from lora.fast.weights.adapted import (
     ConcatenatedLoRAProjection,
     DropoutMasks,
     SeparateLoRAProjection,
+    has_lora,
 )
 from lora.fast.weights.flat import FlatParameters
 from lora.fast.weights.projections import FrozenProjection, Projection, weight_of
 from lora.fast.weights.stacked_flat import StackedFlat
 from lora.fast.weights.stacked_projection import StackedProjection
 from lora.kernels.step.ops import Ops
-from lora.lora_module import LoRALayer
-from lora.stacked.layers import StackedLoRALinear
 
 
 class ScratchUser(Protocol):
@@ -191,8 +190,7 @@ def unpacked_projection(
     scratch: WeightScratch,
 ) -> Projection:
     """Return the projection of packed linears that read the same input, given by block."""
-    adapted = LoRALayer | StackedLoRALinear
-    if not any(isinstance(module, adapted) for block in blocks for module in block):
+    if not has_lora(blocks):
         return UnpackedFrozenProjection(blocks, dtype, scratch=scratch)
     if isinstance(flat, StackedFlat):
         return UnpackedStackedProjection(blocks, flat, dtype, scratch=scratch)
