@@ -206,12 +206,17 @@ def _read(
     paths = {source.path for source in stored.values()} if releases else ()
     mapped = {path: MappedFile(path) for path in paths}
     for name, source in stored.items():
-        tensor = mapped[source.path].tensor(source.name) if mapped else source.tensor()
+        file = mapped.get(source.path)
+        if file is None:
+            tensor = source.tensor()
+        else:
+            file.check_size()
+            tensor = file.tensor(source.name)
         if config.is_transposed_in_files(name):
             tensor = tensor.T.contiguous()  # (I, O) -> (O, I)
         yield name, tensor.to(device=device, dtype=dtype)
-        if mapped:
-            mapped[source.path].release()
+        if file is not None:
+            file.release()
 
 
 def _assign(model: Decoder, tensors: Iterator[tuple[str, Tensor]]) -> None:

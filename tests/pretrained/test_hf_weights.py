@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora.config import BaseWeights
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.families import decoder_config
+from lora.decoder.quantised.int8 import Int8Linear
 from lora.errors import CheckpointError, ModelError
 from lora.pretrained.hf_files import read_config
 from lora.pretrained.hf_weights import load_decoder, save_decoder
@@ -375,3 +377,17 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(folder: Pa
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(ModelError, match=r"bytes when it was opened and has .* now"):
             tensors["model.norm.weight"].tensor()
+
+
+def test_a_file_that_is_cut_while_it_is_quantised_is_an_error_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, load = folder / WEIGHTS, Int8Linear.load
+
+    def load_and_cut(self: Int8Linear, weight: Tensor, name: str) -> None:
+        load(self, weight, name)
+        os.truncate(path, path.stat().st_size - 1)
+
+    monkeypatch.setattr(Int8Linear, "load", load_and_cut)
+    with pytest.raises(ModelError, match=r"bytes when it was opened and has .* now"):
+        load_decoder(folder, base=BaseWeights("int8"))
