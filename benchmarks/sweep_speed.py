@@ -274,13 +274,15 @@ def main() -> int:
     is_plain = arguments.base_dtype == "auto"
     if not is_plain and {"S", "8B-memory"} & set(arguments.cases):
         parser.error("--base-dtype is for the GPU's cases of speed")
+    if not is_plain and "peft" in (arguments.cells or ()):
+        parser.error("PEFT's QLoRA is measured by gpu_step.py")
     rows = []
     for case in arguments.cases:
         for cell in cells_of(case):
             if arguments.cells and cell not in arguments.cells:
                 continue
             if cell == "peft" and not is_plain:
-                continue  # its QLoRA is in gpu_step.py
+                continue  # its QLoRA is measured by gpu_step.py
             rows.append(_in_subprocess(case, cell, arguments.base_dtype))
             print_row(rows[-1], arguments.out)
     print("\n".join(speed_ups(rows)), file=sys.stderr)

@@ -72,7 +72,7 @@ def time_peer(case: Cell, shape: Shape, world: World, device: str) -> dict[str, 
 
 def time_sweep(shape: Shape, device: str) -> dict[str, Any]:
     """Return the time of a step of several candidates, and of one in the same process."""
-    one = gpu_one(shape, shape.rows, device)
+    one = gpu_one(shape, device=device)
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -51,6 +51,22 @@ def test_a_cell_measures(shape: str, variant: str, families: Any) -> None:
     assert row["tflop"] > 0
 
 
+def test_the_run_beside_a_sweep_takes_the_batches_of_one_candidate(
+    families: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, tasks = cell_of(families, "Qwen3-0.6B-4x512", "sweep_4"), families("tasks")
+    script, rows = importlib.import_module("sweep_speed"), []
+
+    def build_stream(shape: Any, *arguments: Any, **settings: Any) -> Any:
+        rows.append(shape.rows)
+        return importlib.import_module("one_gpu.models").build_stream(shape, *arguments, **settings)
+
+    monkeypatch.setattr(script, "build_stream", build_stream)
+    tasks.run_cell(cell, ALONE, True)
+    assert len(rows) > 1
+    assert set(rows) == {cell.sizes(smoke=True).rows}
+
+
 def test_what_trains_is_what_the_name_says(families: Any) -> None:
     pytest.importorskip("peft")
 
