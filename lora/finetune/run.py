@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from lora.adapters.save_load import read_adapter_config
-from lora.config import ImplementationName, TrainConfig
+from lora.config import BaseWeights, ImplementationName, TrainConfig
 from lora.data.inspection_report import DataReport
 from lora.data.prepare import PreparedData
 from lora.decoder.language_model import LanguageModel
@@ -56,7 +56,7 @@ from lora.finetune.outline import outline
 from lora.finetune.sharded_model import build_sharded_model
 from lora.finetune.unused import check_patience
 from lora.inference.base_weights import base_of_training
-from lora.inference.checkpoints.find import find_adapter
+from lora.inference.checkpoints.find import find_adapter, split_name
 from lora.inference.loading import describe_other_base, find_model_of
 from lora.inference.run_settings import find_implementation, implementation_to_resume
 from lora.pretrained.load.models import model_config
@@ -233,34 +233,47 @@ def _settled(
         lambda: _recorded_implementation(job, source), "the recorded implementation"
     )
     settled = settled_task(job, source.folder, recorded, progress.message, choice.compute_dtype)
-    asked, is_full = settled.base_weights, settled.is_full
-    base = settled_base(source.folder, asked, progress.message, is_full=is_full)
-    if job.from_adapter is not None and asked.base_dtype == "auto" and not base.is_quantised:
-        adapter = job.from_adapter
-        base = world.on_main(lambda: base_of_training(adapter), "the base of the adapter")
-        if base.is_quantised:
-            progress.message(
-                f"base: in {base.base_dtype}, as {adapter} was trained; unquantised with "
-                "--base-dtype original"
-            )
+    base = _settled_base(settled, source, progress.message)
     settled = replace(settled, **vars(base))
     _check_native_only(settled, source, settled.implementation)
     return settled
 
 
+def _settled_base(
+    job: FinetuneJob, source: ModelSource, on_message: Callable[[str], None]
+) -> BaseWeights:
+    """Return how the base is stored: as asked, as in its files, or as the adapter's was.
+
+    A message has which of the last two it is.
+    """
+    base = settled_base(source.folder, job.base_weights, on_message, is_full=job.is_full)
+    if job.from_adapter is None or job.base_dtype != "auto" or base.is_quantised:
+        return base
+    base = base_of_training(job.from_adapter)
+    if base.is_quantised:
+        on_message(
+            f"base: in {base.base_dtype}, as {job.from_adapter} was trained; unquantised with "
+            "--base-dtype original"
+        )
+    return base
+
+
 def check_before_processes(job: FinetuneJob) -> None:
     """Raise before processes are started for what the job's base cannot be; no weights are read.
 
-    An adapter to continue, which may be a checkpoint that has to be converted, is left to them.
+    The adapter of a checkpoint, which may have to be written first, is left to them.
     """
     check_base_dtype(job)
     if job.from_adapter is not None:
-        return
-    source = find_model_of(job.model, None)
+        if split_name(job.from_adapter)[1] is not None:
+            return
+        job = replace(job, from_adapter=find_adapter(job.from_adapter))
+    source = find_model_of(job.model, job.from_adapter)
     recorded = _recorded_implementation(job, source)
     asked = recorded if job.implementation == "auto" else job.implementation
     fsdp = job.run.parallel == "fsdp"
-    check_base(source.folder, asked, job.base_weights, is_full=job.is_full, fsdp=fsdp)
+    base = _settled_base(job, source, lambda message: None)
+    check_base(source.folder, asked, base, is_full=job.is_full, fsdp=fsdp)
 
 
 def _recorded_implementation(job: FinetuneJob, source: ModelSource) -> ImplementationName:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lora.adapters.apply import apply_lora
+from lora.adapters.save_load import save_adapter
 from lora.cli import main
+from lora.config import BaseWeights, LoRAConfig
+from lora.pretrained.hf_weights import load_decoder
 from tests.finetune.tiny_models import save_tiny
 from tests.pretrained.quantised.four_bit import write_4bit
 
@@ -58,3 +62,20 @@ def test_what_can_be_starts_them(
     for flags in (["--parallel", "fsdp"], ["--base-dtype", "nf4"], []):
         given = ["--data", "x.jsonl", "--devices", "2", "--device", "cpu"]
         assert main(["finetune", *flags, *given, "--model", str(models / "packed")]) == 7
+
+
+def test_the_base_of_an_adapter_to_continue_is_checked_too(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = load_decoder(models / "plain", base=BaseWeights("nf4", nf4_embeddings=True))
+    apply_lora(model, LoRAConfig(rank=2))
+    save_adapter(model, tmp_path / "q", base_name=str(models / "plain"))
+    monkeypatch.setattr("lora.cli.launch", lambda *_: 7)
+    given = ["--data", "x.jsonl", "--devices", "2", "--device", "cpu", "--parallel", "fsdp"]
+    words = ["finetune", "--from-adapter", str(tmp_path / "q"), *given]
+    assert main(words) == 2
+    assert "nf4_embeddings with parallel='fsdp'" in " ".join(capsys.readouterr().err.split())
+    assert main([*words, "--base-dtype", "original"]) == 7
