@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from lora.cli.flags.from_fields import OUTPUT
-from lora.cli.flags.shared import Adapter, Implementation, MergedBase, Model, Overwrite
+from lora.cli.flags.shared import Adapter, Implementation, Json, MergedBase, Model, Overwrite
+from lora.runs.typed_json import json_text
 from lora.terminal import print_line, print_note
 
 
@@ -22,6 +24,7 @@ def export(
     base_dtype: MergedBase = "auto",
     vllm: Annotated[bool, Parameter(group=OUTPUT)] = False,
     overwrite: Overwrite = False,
+    json: Json = False,
 ) -> int:
     """Write a model as a GGUF file, with the adapter merged if one is given.
 
@@ -47,7 +50,7 @@ def export(
     from lora.export.run import export as write
 
     if vllm:
-        _check_writes_nothing(out, dtype, base_dtype, overwrite)
+        _check_writes_nothing(out, dtype, base_dtype, overwrite=overwrite, json=json)
         return _check_for_vllm(adapter, model)
     if out is None:
         raise ConfigError(
@@ -62,6 +65,9 @@ def export(
         implementation=implementation,
         overwrite=overwrite,
     )
+    if json:
+        print(json_text(asdict(report), default=str))
+        return 0
     name, error = report.worst
     allowed = f"allowed {report.logits_tolerance:.0e}"
     answers = f"logits differ by {report.logits_error:.1e} ({allowed})"
@@ -72,12 +78,14 @@ def export(
     return 0
 
 
-def _check_writes_nothing(out: Path | None, dtype: str, base_dtype: str, overwrite: bool) -> None:
+def _check_writes_nothing(
+    out: Path | None, dtype: str, base_dtype: str, *, overwrite: bool, json: bool
+) -> None:
     from lora.errors import ConfigError
 
     given = {"a file to write": out is not None, "--dtype": dtype != "f16"}
-    given["--base-dtype"] = base_dtype != "auto"
-    unused = [name for name, is_given in {**given, "--overwrite": overwrite}.items() if is_given]
+    given |= {"--base-dtype": base_dtype != "auto", "--overwrite": overwrite, "--json": json}
+    unused = [name for name, is_given in given.items() if is_given]
     if unused:
         raise ConfigError(
             f"Cannot combine --vllm with {', '.join(unused)}: it checks an adapter and writes "

@@ -15,7 +15,7 @@ from lora.cli.flags.yaml_file import read_settings
     ("words", "said"),
     [
         ("export model.gguf --vllm --adapter .", "Cannot combine --vllm with a file to write:"),
-        ("export --vllm --dtype q8_0 --overwrite", "--vllm with --dtype, --overwrite:"),
+        ("export --vllm --dtype q8_0 --overwrite --json", "with --dtype, --overwrite, --json:"),
         ("checkpoint runs/x@500 --overwrite", "Cannot use --overwrite without --out"),
         ("eval x.jsonl --no-base", "Cannot use --no-base without --adapter"),
         ("generate hi --model nowhere --top-p 0.9", "--top-p have no effect at --temperature 0"),

@@ -341,6 +341,11 @@ def test_export_writes_gguf_that_is_a_model_again_and_checks_for_vllm(
     assert main([*words, "--dtype", "f32"]) == 0
     assert "read back" in read()[0]
     assert out.read_bytes()[:4] == b"GGUF"
+    assert main([*words, "--dtype", "f32", "--overwrite", "--json"]) == 0
+    found = json.loads(read()[0])
+    assert (found["path"], found["size_bytes"]) == (str(out), out.stat().st_size)
+    assert 0 <= found["logits_error"] <= found["logits_tolerance"]
+    assert max(found["errors"].values()) <= found["tolerance"]
     assert main(["export", "--vllm", "--adapter", str(adapter)]) == 0
     assert "--max-lora-rank 8" in read()[0]
     assert main(["export"]) == 2
