@@ -73,7 +73,7 @@ def unpacked(model: Decoder) -> Decoder:
     twin = copy.deepcopy(model)
     for name, module in quantised_modules(twin).items():
         parent, _, leaf = name.rpartition(".")
-        plain = nn.Linear(module.in_features, module.out_features, bias=False)
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(module.unpacked(), requires_grad=False)
         plain.bias = module.bias
         twin.get_submodule(parent).add_module(leaf, plain)

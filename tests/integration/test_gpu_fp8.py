@@ -12,7 +12,6 @@ import torch
 
 from lora.adapters.apply import apply_lora, lora_layers
 from lora.config import BaseWeights, LoRAConfig
-from lora.data.sequences.batches import Batch
 from lora.decoder.config import FeedForwardConfig
 from lora.decoder.decoder import Decoder, build_decoder
 from lora.decoder.quantised.fp8 import Fp8Linear, has_fp8_base
@@ -26,6 +25,7 @@ from lora.kernels.step.ops import PLAIN, TRITON
 from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_json
 from tests.integration.gpu_runs import Heard, folder_of, learn_alike
+from tests.integration.test_gpu_nf4 import VOCABULARY, batch
 from tests.tiny_llama import changed, llama_config
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -35,7 +35,6 @@ pytestmark = [
         not (HOPPER and HAS_TRITON), reason="needs a GPU of capability 9.0 and Triton"
     ),
 ]
-VOCABULARY = 1000
 PLAIN_ROWS = replace(
     TRITON,
     add_norm=PLAIN.add_norm,
@@ -89,19 +88,6 @@ def build(**changes: Any) -> Decoder:
                 0.05 * torch.randn(layer.lora_B.shape, generator=draw, device="cuda")
             )
     return model
-
-
-def batch(*, packed: bool, rows: int = 2, tokens: int = 192) -> Batch:
-    draw = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, VOCABULARY, (rows, tokens), generator=draw)
-    labels, documents = ids.roll(-1, 1), torch.zeros_like(ids)
-    positions = torch.arange(tokens).expand(rows, -1).clone()
-    labels[:, ::7] = -100
-    if packed:
-        for start in (50, 51, 130):
-            documents[0, start:] += 1
-            positions[0, start:] = torch.arange(tokens - start)
-    return Batch(ids, labels, positions, documents)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:

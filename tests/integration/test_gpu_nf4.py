@@ -31,6 +31,7 @@ from lora.kernels.step.ops import TRITON
 from lora.kernels.unpack.nf4 import unpack_nf4_triton
 from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_rows
+from tests.fast.test_unpacked import unpacked
 from tests.integration.gpu_runs import Heard, folder_of, learn_alike
 from tests.tiny_llama import changed, llama_config
 
@@ -93,18 +94,6 @@ def build(width: int = WIDTH, base: BaseWeights = NF4, **changes: Any) -> Decode
     for name, module in quantised_modules(model).items():
         module.load(weights[name], name)
     return model
-
-
-def unpacked(model: Decoder) -> Decoder:
-    """Return a copy of `model` whose linears have the unpacked values."""
-    twin = copy.deepcopy(model)
-    for name, module in quantised_modules(twin).items():
-        parent, _, leaf = name.rpartition(".")
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(module.unpacked(), requires_grad=False)
-        plain.bias = module.bias
-        twin.get_submodule(parent).add_module(leaf, plain)
-    return twin
 
 
 def adapted(model: Decoder, **settings: Any) -> Decoder:

@@ -15,7 +15,8 @@ from lora.fast.stacked_step import StackedFastStep
 from lora.fast.weights.unpacked import UnpackedStackedProjection
 from lora.kernels.step.jit import HAS_TRITON
 from lora.runs.read_record import read_run_record
-from tests.integration.test_gpu_nf4 import build, unpacked
+from tests.fast.test_unpacked import unpacked
+from tests.integration.test_gpu_nf4 import build
 from tests.integration.test_gpu_sweep import (
     RATES,
     TRAIN,
