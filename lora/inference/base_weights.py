@@ -21,7 +21,8 @@ from lora.decoder.quantised.base import base_kind, quantised_modules
 from lora.decoder.quantised.record import BaseQuantisation
 from lora.decoder.quantised.tables import Nf4Embedding
 from lora.device import DeviceChoice, free_bytes
-from lora.pretrained.load.models import empty_language_model, load_language_model, model_config
+from lora.lora_module import n_values
+from lora.pretrained.load.models import load_language_model, model_config
 from lora.pretrained.load.task import check_native_only
 from lora.pretrained.quantised.folder import check_answer_dtype, is_folder_in_4bit
 
@@ -99,7 +100,7 @@ def load_answer_base(
     if base.rounded_as is not None:
         round_base(model, base.rounded_as)
     elif base.may_unpack and base_kind(model) is not None:
-        needed = _unpacked_bytes(folder, implementation, base.dtype)
+        needed = unpacked_bytes(model, base.dtype)
         if needed <= free * MEMORY_FRACTION:
             unpack_base(model, base.dtype)
         else:
@@ -112,9 +113,9 @@ def load_answer_base(
     return model, note
 
 
-def _unpacked_bytes(folder: Path, implementation: ImplementationName, dtype: torch.dtype) -> int:
-    empty = empty_language_model(model_config(folder, implementation))
-    return sum(parameter.numel() for parameter in empty.parameters()) * dtype.itemsize
+def unpacked_bytes(model: LanguageModel, dtype: torch.dtype) -> int:
+    """Return the bytes of all weights of `model`, packed or plain, once they are in `dtype`."""
+    return sum(n_values(parameter) for parameter in model.parameters()) * dtype.itemsize
 
 
 def _cast(model: LanguageModel, dtype: torch.dtype) -> None:

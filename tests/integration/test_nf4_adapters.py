@@ -88,6 +88,16 @@ def test_a_base_that_would_not_fit_stays_packed(
     assert isinstance(lora.generate(model, tokenizer, "3 lamps", max_new_tokens=2), str)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_it_takes_unpacked_is_known_from_the_packed_model(
+    tiny_folder: Path, kind: Any
+) -> None:
+    base = BaseWeights(kind, nf4_embeddings=kind == "nf4")
+    packed = load_decoder(tiny_folder, base=base)
+    n_values = sum(p.numel() for p in load_decoder(tiny_folder).parameters())
+    assert base_weights.unpacked_bytes(packed, torch.bfloat16) == 2 * n_values
+
+
 def test_commands_take_the_word(
     done: FinetuneResult,
     orders_file: Path,
