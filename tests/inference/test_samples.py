@@ -22,6 +22,7 @@ from lora.inference.samples import SampleRecorder, choose_prompts
 from lora.runs.directory import create_run
 from lora.runs.disk import read_rows
 from lora.runs.progress import NoProgress
+from tests.heard import Heard
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -30,16 +31,6 @@ TEMPLATE = (
 CHAT = {
     "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi you"}]
 }
-
-
-class Heard(NoProgress):
-    """Records the messages."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,7 @@ from lora.config import BaseDtype, DataConfig, LoRAConfig, RunConfig, TrainConfi
 from lora.data.reading.orders import make_orders
 from lora.finetune import FinetuneJob, finetune
 from lora.runs.disk import read_rows
-from lora.runs.progress import NoProgress
-
-
-@dataclass
-class Heard(NoProgress):
-    """Keeps what runs say."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
+from tests.heard import Heard
 
 
 def learn_alike(

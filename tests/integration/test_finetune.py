@@ -32,10 +32,10 @@ from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.transformers_models.load import as_language_model
 from lora.runs.directory import create_run
 from lora.runs.disk import read_json, read_rows
-from lora.runs.progress import NoProgress
 from lora.training.job import TrainingJob
 from lora.training.losses import loss_for
 from lora.training.trainer import train
+from tests.heard import Heard
 
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -51,16 +51,6 @@ def job(tiny_folder: Path, tmp_path: Path) -> FinetuneJob:
         data_config=DataConfig(max_length=128),
         run=RunConfig(out=tmp_path, name="run", eval_every_steps=4, save_every_steps=3),
     )
-
-
-class Heard(NoProgress):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, message: str) -> None:
-        self.said.append(message)
 
 
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:

@@ -24,7 +24,8 @@ from lora.kernels.step.jit import HAS_TRITON
 from lora.kernels.step.ops import PLAIN, TRITON
 from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_json
-from tests.integration.gpu_runs import Heard, folder_of, learn_alike
+from tests.heard import Heard
+from tests.integration.gpu_runs import folder_of, learn_alike
 from tests.integration.test_gpu_nf4 import VOCABULARY, batch
 from tests.tiny_llama import changed, llama_config
 
@@ -149,7 +150,7 @@ def test_a_whole_run_says_what_it_does_and_learns(tiny_folder: Path, tmp_path: P
     heard = Heard()
     for job in learn_alike("fp8", tiny_folder, tmp_path, heard):
         assert read_json(folder_of(job) / "run.json")["base_dtype"] == "fp8"
-    assert any("frozen matmuls in fp8" in line for line in heard.lines)
+    assert any("frozen matmuls in fp8" in line for line in heard.said)
 
 
 def test_older_gpus_are_told_why(monkeypatch: pytest.MonkeyPatch) -> None:

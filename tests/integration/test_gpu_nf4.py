@@ -32,7 +32,8 @@ from lora.kernels.unpack.nf4 import unpack_nf4_triton
 from lora.layers.quantised_model import use_quantised_linears
 from lora.runs.disk import read_rows
 from tests.fast.test_unpacked import unpacked
-from tests.integration.gpu_runs import Heard, folder_of, learn_alike
+from tests.heard import Heard
+from tests.integration.gpu_runs import folder_of, learn_alike
 from tests.tiny_llama import changed, llama_config
 
 pytestmark = [
@@ -229,7 +230,7 @@ def test_a_whole_run_says_what_it_does_learns_and_is_repeated(
 ) -> None:
     heard = Heard()
     fast, _ = learn_alike("nf4", tiny_folder, tmp_path, heard)
-    assert any("nf4" in line and line.startswith("fast step") for line in heard.lines), heard.lines
+    assert any("nf4" in line and line.startswith("fast step") for line in heard.said), heard.said
     written = read_rows(folder_of(fast) / "metrics.jsonl")
     finetune(replace(fast, resume=True))
     assert read_rows(folder_of(fast) / "metrics.jsonl") == written

@@ -20,21 +20,11 @@ from lora.finetune import FinetuneJob, finetune
 from lora.finetune import run as run_module
 from lora.pretrained.hf_weights import load_decoder
 from lora.runs.disk import read_json, read_rows
-from lora.runs.progress import NoProgress
 from lora.runs.read_record import read_run_record
+from tests.heard import Heard
 
 NF4 = BaseWeights("nf4")
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-class Messages(NoProgress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture
@@ -107,10 +97,10 @@ def test_an_adapter_is_trained_on_over_the_base_that_it_had(
     records = {}
     for word in ("auto", "original", "int8"):
         own = replace(more, base_dtype=word, run=replace(more.run, name=word))
-        messages = Messages()
+        heard = Heard()
         caplog.clear()
-        done = finetune(own, messages)
-        is_said = any(f"as {first.saved} was trained" in each for each in messages.said)
+        done = finetune(own, heard)
+        is_said = any(f"as {first.saved} was trained" in each for each in heard.said)
         assert is_said == (word == "auto")
         assert ("was trained over" in caplog.text) == (word != "auto")
         finetune(replace(own, train=replace(own.train, steps=2), resume=True))

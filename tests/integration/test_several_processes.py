@@ -20,10 +20,11 @@ from lora.data.reading.orders import make_orders
 from lora.distributed.world import World
 from lora.errors import ConfigError, Interrupted, LostProcessError
 from lora.finetune import FinetuneJob, finetune
-from lora.runs.progress import NoProgress, Progress
+from lora.runs.progress import Progress
 from lora.runs.read_record import read_metrics, read_run_record
 from lora.training.callbacks import Callback, StepEvent, StopTraining
 from tests.distributed.processes import run_processes
+from tests.heard import Heard
 
 # Its processes are started once, in one of the workers that share the tests.
 pytestmark = pytest.mark.xdist_group("runs_of_several")
@@ -68,16 +69,6 @@ def make_job(folder: Path, out: Path, name: str, **changes: Any) -> FinetuneJob:
         run=RunConfig(out=out, name=name, eval_every_steps=4, save_every_steps=3, samples=1),
         **changes,
     )
-
-
-class Heard(NoProgress):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, message: str) -> None:
-        self.said.append(message)
 
 
 def run_job(job: FinetuneJob, *callbacks: Callback, progress: Progress | None = None) -> RunOutcome:

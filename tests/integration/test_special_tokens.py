@@ -27,6 +27,7 @@ from lora.pretrained.hf_weights import load_decoder
 from lora.pretrained.sources import find_model
 from lora.runs.disk import read_json
 from lora.runs.progress import NoProgress
+from tests.heard import Heard
 
 SPECIAL = ("<|tool|>", "<|think|>")
 VOCAB = 400
@@ -41,16 +42,6 @@ def examples(n: int = 24) -> list[dict[str, Any]]:
         said = {**answer, "content": f"<|tool|>{answer['content']}<|think|>"}
         rows.append({"messages": [*asked, said]})
     return rows
-
-
-class Heard(NoProgress):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def message(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture
