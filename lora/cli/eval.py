@@ -130,7 +130,8 @@ def evaluate(
     loaded = load_model(model, adapter, device, chosen_code.kind, base_dtype)
     if loaded.note:
         _tell(f"note: {loaded.note}")
-    _tell_base(loaded, adapter)
+    if adapter is not None and chosen.base:
+        _tell_base(loaded)
     loaded = replace(loaded, tokenizer=tokenizer_for(config, loaded.tokenizer))
     if model is None:
         _tell(f"model: {loaded.source.description}")
@@ -211,12 +212,12 @@ def _output(
     return output
 
 
-def _tell_base(loaded: LoadedModel, adapter: Path | None) -> None:
+def _tell_base(loaded: LoadedModel) -> None:
     """Say that the base beside an adapter has the rounded values that this was trained over."""
     from lora.adapters.bases.quantisation import quantisation_of
 
     kind = quantisation_of(loaded.model)
-    if kind is not None and adapter is not None:
+    if kind is not None:
         _tell(f"the base has the values of {kind}, with the adapter and without")
 
 
