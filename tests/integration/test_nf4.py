@@ -81,7 +81,7 @@ def test_its_adapter_loads_on_any_base_and_trains_on(job: FinetuneJob, tiny_fold
         with torch.no_grad():
             outputs.append(model(TOKENS))
     difference = (outputs[0] - outputs[1]).norm() / outputs[1].norm()
-    assert 0 < difference < 2
+    assert 0 < difference < 1  # logits that have nothing in common are √2 apart
     more = replace(job, lora=None, from_adapter=done.saved, run=replace(job.run, name="more"))
     again = finetune(more)
     first = next(row for row in read_rows(again.folder / "metrics.jsonl") if "eval_loss" in row)
