@@ -422,11 +422,10 @@ class BaseWeights(Settings):
     """How the frozen linears of the base are stored."""
 
     base_dtype: BaseDtype = field(default="auto", metadata=DEVICE)
-    """Frozen linears in nf4 (QLoRA), fp8, int8, original (plain), or auto: as stored, or as in
-    from_adapter.
+    """Frozen linears in nf4 (QLoRA), fp8, int8, original (plain), or auto: as they are stored.
 
     nf4 is a quarter of bf16 (bitsandbytes' format), fp8 half of it (float8_e4m3 with a scale per
-    output; fast on H100 and H200), int8 too (a scale per output; for CPUs and older GPUs).
+    output; fast on H100 and H200), int8 too (a scale per output; for GPUs without fp8 matmuls).
     original is the compute dtype. So is auto, except for files in 4 bits, which stay as they are,
     and with from_adapter, where it is what that adapter was trained over."""
     nf4_block: int = field(default=64, metadata=DEVICE)
